@@ -1,0 +1,25 @@
+"""Visual question answering on drawn scenes, from the quickstart's pre-trained model.
+
+`:question_only` trains the same model on grey pictures: what the questions alone give away.
+"""
+
+from configs import quickstart
+
+
+def get_config(arg=None):
+    config = quickstart.get_config()
+    config.total_steps = 300
+    config.init_from = "runs/quickstart/pretrain"
+    config.data.task = "questions"
+    config.data.size = 40000
+    for objective in config.objectives.values():
+        objective.weight = 0.0
+    config.objectives.answering.weight = 1.0
+    config.model.embedding_width = 0
+    config.model.matching = False
+    config.model.masked_language = False
+    if arg == "question_only":
+        config.question_only = True
+    elif arg is not None:
+        raise ValueError(f"quickstart_vqa.py takes ':question_only' or nothing, not {arg!r}")
+    return config

@@ -1,0 +1,1 @@
+"""mmjax: cross-modal (vision-language) Transformers in JAX."""

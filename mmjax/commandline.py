@@ -1,0 +1,76 @@
+"""What train.py and eval.py share: flags, and errors that people can act on."""
+
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import absl.logging
+from absl import app, flags
+from ml_collections import config_flags
+
+from mmjax.errors import InputError
+
+HERE = Path(__file__).resolve().parent.parent
+
+
+def define_config(help_text: str) -> flags.FlagHolder:
+    """The flag --config=RECIPE.py, overridden by --config.KEY=VALUE, locked."""
+    return config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the flags and run `main`; bad input ends in its message and exit status 2."""
+
+    def guarded(arguments: Sequence[str]) -> None:
+        if len(arguments) > 1:
+            _exit(f"unexpected argument {arguments[1]!r}: flags are written --name=value.")
+        try:
+            main()
+        except InputError as error:
+            _exit(str(error))
+
+    absl.logging.use_absl_handler()
+    absl.logging.set_verbosity(absl.logging.INFO)
+    handler = absl.logging.get_absl_handler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
+    handler.addFilter(_is_ours_or_serious)
+    app.run(guarded, flags_parser=_parse)
+
+
+def _is_ours_or_serious(record: logging.LogRecord) -> bool:
+    """Libraries tell of every file they write; people want the run's own words and warnings."""
+    return record.levelno >= logging.WARNING or Path(record.pathname).resolve().is_relative_to(HERE)
+
+
+def _parse(arguments: Sequence[str]) -> list[str]:
+    try:
+        return flags.FLAGS(list(arguments), known_only=False)
+    except flags.Error as error:
+        _exit(f"{error}\nSee --help.")
+    except InputError as error:  # raised by a recipe
+        _exit(str(error))
+    except (AttributeError, KeyError) as error:
+        _exit(_unknown_key(arguments, error))
+    except (TypeError, ValueError) as error:
+        _exit(f"a --config override does not fit: {error}")
+    except OSError as error:
+        _exit(f"--config: {error}")
+
+
+def _unknown_key(arguments: Sequence[str], error: BaseException) -> str:
+    """The override that named a key the recipe has not, and what ml_collections suggests."""
+    text = str(error).replace("\\n", "\n").strip("'\"")
+    key, _, hint = text.partition("\n")
+    key = key.strip("'\"\\")
+    overrides = [a.split("=")[0].lstrip("-") for a in arguments if a.startswith("--config.")]
+    full = next((name for name in overrides if key in name.split(".")), key)
+    return f"{full} is no key of the config. {hint.strip()} Every key: mmjax/config.py.".replace(
+        "  ", " "
+    )
+
+
+def _exit(message: str) -> Any:
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)

@@ -1,0 +1,271 @@
+"""What every model is made of: residual sub-layers, the Transformer block, and a stack of layers.
+
+A layer takes its dropout key as an argument (`key=None`: no dropout), so that a model holds no
+random state. Parameters are float32; `Precision.dtype` is what the matrix products compute in.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Key
+
+from mmjax.attention import attention, attention_weights
+from mmjax.errors import InputError, near_misses
+from mmjax.sharding import constrain_batch
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+# What the backward pass finds stored of a layer; the rest it computes again.
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+_KERNEL_INIT = nnx.initializers.truncated_normal(0.02)  # BERT's and the ViT's own
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """One Transformer layer: its widths, the variant of the paper it follows, and how it computes.
+
+    The first group is architecture; the second changes speed and memory and nothing else.
+    """
+
+    width: int = 0
+    depth: int = 0
+    heads: int = 0  # 0: width / 64
+    mlp_width: int = 0  # 0: 4 × width
+    norm: str = "pre"  # LayerNorm before each sub-layer ('pre', ViT) or after it ('post', BERT)
+    activation: str = "gelu"
+    epsilon: float = 1e-6  # of every LayerNorm
+    dropout: float = 0.0  # on the output of every sub-layer
+
+    dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
+    remat: str = "none"  # a key of REMAT_POLICIES
+    unroll: bool = False  # unrolled layers run faster on a CPU and compile slower everywhere
+    attention: str = "auto"  # an implementation of mmjax.attention
+
+    def __post_init__(self) -> None:
+        """Fill what follows from the width, and refuse what cannot be built."""
+        object.__setattr__(self, "heads", self.heads or self.width // 64)
+        object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
+        name = type(self).__name__
+        if self.width < 1 or self.depth < 1:
+            raise InputError(
+                f"{name}: width is {self.width} and depth {self.depth}; give both, or a named size."
+            )
+        if self.heads < 1 or self.width % self.heads:
+            raise InputError(f"{name}: width {self.width} does not split into {self.heads} heads.")
+        for key, known in (
+            ("norm", ["pre", "post"]),
+            ("activation", list(ACTIVATIONS)),
+            ("remat", list(REMAT_POLICIES)),
+            ("dtype", ["float32", "bfloat16"]),
+        ):
+            if (value := getattr(self, key)) not in known:
+                raise InputError(f"{name}: {key} is {value!r}.{near_misses(value, known)}")
+
+
+def linear(
+    inputs: int, outputs: int | tuple[int, ...], dtype: str, rngs: nnx.Rngs
+) -> nnx.LinearGeneral:
+    """A dense layer from `inputs` to `outputs` features (several: the output has as many axes)."""
+    return nnx.LinearGeneral(
+        inputs, outputs, dtype=jnp.dtype(dtype), kernel_init=_KERNEL_INIT, rngs=rngs
+    )
+
+
+def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    """LayerNorm with exact (two-pass) statistics in float32."""
+    return nnx.LayerNorm(
+        width, epsilon=epsilon, dtype=jnp.dtype(dtype), use_fast_variance=False, rngs=rngs
+    )
+
+
+def embedding(rows: int, width: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:
+    """A table of `rows` learnt vectors."""
+    return nnx.Embed(rows, width, dtype=jnp.dtype(dtype), embedding_init=_KERNEL_INIT, rngs=rngs)
+
+
+class Attention(nnx.Module):
+    """Multi-head attention of `x` over `context` (over itself where there is none)."""
+
+    def __init__(self, config: LayerConfig, rngs: nnx.Rngs):
+        heads = (config.heads, config.width // config.heads)
+        self.implementation = config.attention
+        self.query = linear(config.width, heads, config.dtype, rngs)
+        self.key = linear(config.width, heads, config.dtype, rngs)
+        self.value = linear(config.width, heads, config.dtype, rngs)
+        self.out = nnx.LinearGeneral(
+            heads,
+            config.width,
+            axis=(-2, -1),
+            dtype=jnp.dtype(config.dtype),
+            kernel_init=_KERNEL_INIT,
+            rngs=rngs,
+        )
+
+    def __call__(
+        self,
+        x: Float[Array, "batch queries width"],
+        context: Float[Array, "batch keys width"] | None = None,
+        mask: Bool[Array, "batch #queries keys"] | None = None,
+    ) -> Float[Array, "batch queries width"]:
+        context = x if context is None else context
+        heads = attention(
+            self.query(x), self.key(context), self.value(context), mask, self.implementation
+        )
+        return self.out(heads)
+
+    def weights(
+        self,
+        x: Float[Array, "batch queries width"],
+        context: Float[Array, "batch keys width"],
+        mask: Bool[Array, "batch #queries keys"] | None = None,
+    ) -> Float[Array, "batch heads queries keys"]:
+        """The attention probabilities of the same call."""
+        return attention_weights(self.query(x), self.key(context), mask)
+
+
+class AttentionSublayer(nnx.Module):
+    """x + attention(x), normalised before ('pre') or after ('post') the sum.
+
+    With `cross`, the keys and values come from a context, which a pre-norm layer normalises as well
+    (a post-norm layer left it normalised).
+    """
+
+    def __init__(self, config: LayerConfig, rngs: nnx.Rngs, cross: bool = False):
+        self.pre = config.norm == "pre"
+        self.attention = Attention(config, rngs)
+        self.norm = layer_norm(config.width, config.epsilon, config.dtype, rngs)
+        self.context_norm = (
+            layer_norm(config.width, config.epsilon, config.dtype, rngs)
+            if cross and self.pre
+            else None
+        )
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch queries width"],
+        context: Float[Array, "batch keys width"] | None = None,
+        mask: Bool[Array, "batch #queries keys"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch queries width"]:
+        if not self.pre:
+            return self.norm(x + self._drop(self.attention(x, context, mask), key))
+        context = context if self.context_norm is None else self.context_norm(context)
+        return x + self._drop(self.attention(self.norm(x), context, mask), key)
+
+    def weights(
+        self,
+        x: Float[Array, "batch queries width"],
+        context: Float[Array, "batch keys width"],
+        mask: Bool[Array, "batch #queries keys"] | None = None,
+    ) -> Float[Array, "batch heads queries keys"]:
+        """The attention probabilities of the same call."""
+        if self.pre:
+            x = self.norm(x)
+            context = context if self.context_norm is None else self.context_norm(context)
+        return self.attention.weights(x, context, mask)
+
+    def _drop(self, x, key):
+        return self.dropout(x, deterministic=key is None, rngs=key)
+
+
+class MlpSublayer(nnx.Module):
+    """x + down(activation(up(x))), normalised before ('pre') or after ('post') the sum."""
+
+    def __init__(self, config: LayerConfig, rngs: nnx.Rngs):
+        self.pre = config.norm == "pre"
+        self.activation = config.activation
+        self.up = linear(config.width, config.mlp_width, config.dtype, rngs)
+        self.down = linear(config.mlp_width, config.width, config.dtype, rngs)
+        self.norm = layer_norm(config.width, config.epsilon, config.dtype, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+
+    def __call__(
+        self, x: Float[Array, "batch length width"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch length width"]:
+        hidden = ACTIVATIONS[self.activation](self.up(self.norm(x) if self.pre else x))
+        x = x + self.dropout(self.down(hidden), deterministic=key is None, rngs=key)
+        return x if self.pre else self.norm(x)
+
+
+class Block(nnx.Module):
+    """The Transformer encoder layer: self-attention, then the MLP (Vaswani et al. 2017, 3.1)."""
+
+    def __init__(self, config: LayerConfig, rngs: nnx.Rngs):
+        self.self_attention = AttentionSublayer(config, rngs)
+        self.mlp = MlpSublayer(config, rngs)
+
+    def __call__(
+        self,
+        x: Float[Array, "batch length width"],
+        mask: Bool[Array, "batch #queries length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        attention_key, mlp_key = split_key(key, 2)
+        x = self.self_attention(x, mask=mask, key=attention_key)
+        return self.mlp(x, key=mlp_key)
+
+
+class Stack(nnx.Module):
+    """`config.depth` layers of one kind, their parameters stacked on a leading axis.
+
+    They run as one `jax.lax.scan`: the program is compiled for one layer whatever the depth, and
+    rematerialised layer by layer as `config.remat` says.
+    """
+
+    def __init__(
+        self,
+        make_layer: Callable[[nnx.Rngs], nnx.Module],
+        config: LayerConfig,
+        rngs: nnx.Rngs,
+    ):
+        self.depth, self.remat, self.unroll = config.depth, config.remat, config.unroll
+        self.layers = nnx.vmap(make_layer)(rngs.split(config.depth))
+
+    def __call__(self, carry: Any, *args: Any, key: Key[Array, ""] | None = None) -> Any:
+        """`carry = layer(carry, *args, key=…)` for every layer; `carry` may be a tuple of arrays."""
+        return self.run(lambda layer, carry, key: (layer(carry, *args, key=key), None), carry, key)[
+            0
+        ]
+
+    def run(
+        self,
+        call: Callable[[Any, Any, jax.Array | None], tuple[Any, Any]],
+        carry: Any,
+        key: Key[Array, ""] | None = None,
+    ) -> tuple[Any, Any]:
+        """The general form: `carry, output = call(layer, carry, key)`; outputs come back stacked."""
+        graph, parameters = nnx.split(self.layers)
+
+        def body(carry, layer_inputs):
+            parameters, layer_key = layer_inputs
+            # Without this, a sharded program may gather the whole batch on every device.
+            carry = jax.tree.map(constrain_batch, carry)
+            return call(nnx.merge(graph, parameters), carry, layer_key)
+
+        if (policy := REMAT_POLICIES[self.remat]) is not None:
+            body = jax.checkpoint(body, policy=policy, prevent_cse=self.unroll)
+        keys = None if key is None else jax.random.split(key, self.depth)
+        carry, outputs = jax.lax.scan(
+            body, carry, (parameters, keys), unroll=self.depth if self.unroll else 1
+        )
+        return jax.tree.map(constrain_batch, carry), outputs
+
+
+def split_key(key: Key[Array, ""] | None, count: int) -> list[Any]:
+    """`count` keys out of one; as many `None` where there is none (no dropout)."""
+    return [None] * count if key is None else list(jax.random.split(key, count))

@@ -1,0 +1,102 @@
+"""The BERT encoder (Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers")."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from mmjax.errors import InputError, near_misses
+from mmjax.layers import Block, LayerConfig, Stack, embedding, layer_norm
+from mmjax.models.features import Encoded
+
+# width, depth, heads, MLP width: the paper's section 3, and Turc et al. 2019 for the small ones.
+SIZES = {
+    "tiny": (128, 2, 2, 512),
+    "mini": (256, 4, 4, 1024),
+    "small": (512, 4, 8, 2048),
+    "medium": (512, 8, 8, 2048),
+    "base": (768, 12, 12, 3072),
+    "large": (1024, 24, 16, 4096),
+}
+
+
+@dataclass(frozen=True)
+class BertConfig(LayerConfig):
+    """A BERT by name (`size='base'`) or by explicit widths; a width given beside a name wins."""
+
+    norm: str = "post"
+    epsilon: float = 1e-12
+
+    size: str = ""
+    vocabulary_size: int = 0  # 0: the tokenizer's, filled in when a run starts
+    max_length: int = 512  # of the position table
+    types: int = 2  # rows of the token-type table
+
+    def __post_init__(self) -> None:
+        """Fill widths from the named size."""
+        if self.size:
+            if self.size not in SIZES:
+                raise InputError(
+                    f"text size {self.size!r} is unknown.{near_misses(self.size, SIZES)}"
+                )
+            for key, value in zip(
+                ("width", "depth", "heads", "mlp_width"), SIZES[self.size], strict=True
+            ):
+                object.__setattr__(self, key, getattr(self, key) or value)
+        super().__post_init__()
+
+
+class BertEncoder(nnx.Module):
+    """Word, position and type embeddings, then Transformer layers; [CLS] is the pooled vector.
+
+    Post-norm as published, or pre-norm (`norm='pre'`, with a final LayerNorm), which trains from
+    scratch with less care.
+    """
+
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+        if config.vocabulary_size < 1:
+            raise InputError(
+                "model.text.vocabulary_size is 0: give the tokenizer's number of words."
+            )
+        self.config = config
+        width, dtype = config.width, config.dtype
+        self.token_embedding = embedding(config.vocabulary_size, width, dtype, rngs)
+        self.position_embedding = embedding(config.max_length, width, dtype, rngs)
+        self.type_embedding = embedding(config.types, width, dtype, rngs)
+        self.embedding_norm = layer_norm(width, config.epsilon, dtype, rngs)
+        self.dropout = nnx.Dropout(config.dropout)
+        self.blocks = Stack(lambda rngs: Block(config, rngs), config, rngs)
+        pre = config.norm == "pre"
+        self.norm = layer_norm(width, config.epsilon, dtype, rngs) if pre else None
+
+    def __call__(
+        self,
+        text: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"],
+        types: Int[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Encode token ids; `mask` is true on tokens, false on padding."""
+        length = text.shape[1]
+        if length > self.config.max_length:
+            raise InputError(
+                f"the text has {length} tokens and the encoder {self.config.max_length} positions: "
+                "lower data.text_length or raise model.text.max_length."
+            )
+        types = jnp.zeros_like(text) if types is None else types
+        x = self.token_embedding(text) + self.type_embedding(types)
+        x = self.embedding_norm(x + self.position_embedding(jnp.arange(length)))
+        if key is not None:
+            key, embedding_key = jax.random.split(key)
+            x = self.dropout(x, rngs=embedding_key)
+        tokens = self.blocks(x, mask[:, None, :], key=key)
+        if self.norm is not None:
+            tokens = self.norm(tokens)
+        return Encoded(tokens=tokens, mask=mask, pooled=tokens[:, 0])
+
+    def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch words"]:
+        """Scores of every word by the embedding table itself (tied output weights), in float32."""
+        table = self.token_embedding.embedding[...].astype(x.dtype)
+        return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)

@@ -1,0 +1,30 @@
+"""What the parts of a model hand to one another."""
+
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Bool, Float
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Encoded:
+    """One modality after its encoder."""
+
+    tokens: Float[Array, "batch length width"]
+    mask: Bool[Array, "batch length"] | None  # true on tokens; None: all of them
+    pooled: Float[Array, "batch width"]
+
+    def take(self, rows: jax.Array) -> "Encoded":
+        """The same features, the rows of the batch picked anew (rows may repeat)."""
+        return jax.tree.map(lambda x: x[rows], self)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Fused:
+    """Both modalities after the fusion, and the vector that stands for the pair."""
+
+    image_tokens: Float[Array, "batch patches width"]
+    text_tokens: Float[Array, "batch length width"]
+    pooled: Float[Array, "batch pooled_width"]

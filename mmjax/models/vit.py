@@ -1,0 +1,202 @@
+"""The Vision Transformer (Dosovitskiy et al. 2021, "An Image is Worth 16x16 Words")."""
+
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from einops import rearrange
+from flax import nnx
+from jaxtyping import Array, Float, Key, UInt8
+
+from mmjax.errors import InputError, near_misses
+from mmjax.layers import (
+    Attention,
+    Block,
+    LayerConfig,
+    MlpSublayer,
+    Stack,
+    layer_norm,
+    linear,
+)
+from mmjax.models.features import Encoded
+
+# width, depth, heads, MLP width: the paper's table 1, and Touvron et al. 2021 (DeiT) for Ti and S.
+SIZES = {
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+}
+
+
+@dataclass(frozen=True)
+class ViTConfig(LayerConfig):
+    """A ViT by name (`size='B/16'`) or by explicit widths; a width given beside a name wins."""
+
+    size: str = ""
+    image_size: int = 224  # pixels a side
+    patch_size: int = 0  # pixels a side
+    pool: str = "class_token"  # 'class_token', 'mean', or 'attention' (Zhai et al. 2022)
+    mean: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))  # of pixels in [0, 1], by channel
+    std: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
+
+    def __post_init__(self) -> None:
+        """Fill widths from the named size."""
+        if self.size:
+            letters, _, patch = self.size.partition("/")
+            if letters not in SIZES or not patch.isdigit():
+                raise InputError(
+                    f"image size {self.size!r} is unknown: it reads 'WIDTH/PATCH', as B/16."
+                    + near_misses(letters, SIZES)
+                )
+            for key, value in zip(
+                ("width", "depth", "heads", "mlp_width"), SIZES[letters], strict=True
+            ):
+                object.__setattr__(self, key, getattr(self, key) or value)
+            object.__setattr__(self, "patch_size", self.patch_size or int(patch))
+        super().__post_init__()
+        if self.patch_size < 1 or self.image_size % self.patch_size:
+            raise InputError(
+                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}."
+            )
+        if self.pool not in (pools := ["class_token", "mean", "attention"]):
+            raise InputError(f"image pool is {self.pool!r}.{near_misses(self.pool, pools)}")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Patches down and across."""
+        return (self.image_size // self.patch_size,) * 2
+
+
+class ViT(nnx.Module):
+    """Patches, learnt positions, pre-norm blocks, a final LayerNorm, and a pooled vector."""
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.width, config.dtype
+        patches = config.grid[0] * config.grid[1]
+        init = nnx.initializers.truncated_normal(0.02)
+        self.patch = linear(3 * config.patch_size**2, width, dtype, rngs)
+        has_class = config.pool == "class_token"
+        self.class_token = nnx.Param(init(rngs.params(), (1, width))) if has_class else None
+        self.position_embedding = nnx.Param(init(rngs.params(), (patches + has_class, width)))
+        self.dropout = nnx.Dropout(config.dropout)
+        self.blocks = Stack(lambda rngs: Block(config, rngs), config, rngs)
+        self.norm = layer_norm(width, config.epsilon, dtype, rngs)
+        self.pooling = AttentionPool(config, rngs) if config.pool == "attention" else None
+
+    def __call__(
+        self,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Encode pictures: uint8 ones are normalised here, float ones are taken as normalised."""
+        config = self.config
+        if image.shape[1:3] != (config.image_size,) * 2:
+            raise InputError(
+                f"the image encoder takes {config.image_size}×{config.image_size} pixels and "
+                f"the batch has {image.shape[1]}×{image.shape[2]}: let data.image_size and "
+                "model.image.image_size agree."
+            )
+        if image.dtype == jnp.uint8:
+            image = normalise(image, config.mean, config.std)
+        patches = rearrange(
+            image.astype(config.dtype),
+            "b (h p) (w q) c -> b (h w) (p q c)",
+            p=config.patch_size,
+            q=config.patch_size,
+        )
+        x = self.patch(patches)
+        if self.class_token is not None:
+            token = jnp.broadcast_to(
+                self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2])
+            )
+            x = jnp.concatenate([token, x], axis=1)
+        x = x + self.position_embedding[...].astype(x.dtype)
+        if key is not None:
+            key, embedding_key = jax.random.split(key)
+            x = self.dropout(x, rngs=embedding_key)
+        tokens = self.norm(self.blocks(x, key=key))
+        return Encoded(tokens=tokens, mask=None, pooled=self._pool(tokens))
+
+    def _pool(self, tokens):
+        if self.pooling is not None:
+            return self.pooling(tokens)
+        return tokens[:, 0] if self.config.pool == "class_token" else tokens.mean(axis=1)
+
+
+class AttentionPool(nnx.Module):
+    """One learnt query attends to all tokens (Zhai et al. 2022, "Scaling Vision Transformers")."""
+
+    def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
+        init = nnx.initializers.truncated_normal(0.02)
+        self.query = nnx.Param(init(rngs.params(), (1, config.width)))
+        self.attention = Attention(config, rngs)
+        self.mlp = MlpSublayer(config, rngs)
+
+    def __call__(
+        self, tokens: Float[Array, "batch length width"]
+    ) -> Float[Array, "batch width"]:
+        query = jnp.broadcast_to(
+            self.query[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2])
+        )
+        return self.mlp(self.attention(query, tokens))[:, 0]
+
+
+def normalise(
+    image: UInt8[Array, "batch height width 3"], mean: tuple[float, ...], std: tuple[float, ...]
+) -> Float[Array, "batch height width 3"]:
+    """Pixels 0..255 to zero mean and unit deviation: (pixel / 255 - mean) / std, by channel."""
+    mean_3, std_3 = (jnp.asarray(x, jnp.float32) for x in (mean, std))
+    return (image.astype(jnp.float32) / 255 - mean_3) / std_3
+
+
+def resize_position_embedding(
+    positions: Float[np.ndarray, "old width"], new_length: int
+) -> Float[np.ndarray, "new width"]:
+    """Position embeddings of a square grid for another square grid, bicubic as in DeiT and ALBEF.
+
+    The kernel is torch's (a = -0.75, align_corners false, no antialiasing), which
+    `jax.image.resize` does not offer. A class token in front, told by the count, is kept as it is.
+
+    Raises InputError where a length is neither a square nor a square and one.
+    """
+    old_side, old_class = _square(len(positions))
+    new_side, new_class = _square(new_length)
+    if old_class != new_class:
+        raise InputError(
+            f"position embeddings of {len(positions)} and of {new_length} rows: one has a class "
+            "token and the other has none, so they cannot be resized into each other."
+        )
+    kept, grid = positions[:old_class], positions[old_class:]
+    matrix = _bicubic_matrix(old_side, new_side)
+    grid = grid.reshape(old_side, old_side, -1).astype(np.float64)
+    grid = np.einsum("ih,jw,hwd->ijd", matrix, matrix, grid).reshape(new_side**2, -1)
+    return np.concatenate([kept, grid.astype(positions.dtype)])
+
+
+def _square(length: int) -> tuple[int, int]:
+    """The side of the grid, and how many tokens (0 or 1) stand before it."""
+    for extra in (0, 1):
+        side = int(np.sqrt(length - extra) + 0.5)
+        if side**2 == length - extra:
+            return side, extra
+    raise InputError(f"{length} position embeddings are no square grid, with or without a token.")
+
+
+def _bicubic_matrix(old: int, new: int, a: float = -0.75) -> np.ndarray:
+    """The [new, old] weights of bicubic interpolation (Keys 1981) with clamped borders."""
+    matrix = np.zeros((new, old))
+    for row in range(new):
+        centre = (row + 0.5) * old / new - 0.5
+        first = int(np.floor(centre)) - 1
+        for tap in range(first, first + 4):
+            t = abs(centre - tap)
+            if t <= 1:
+                weight = (a + 2) * t**3 - (a + 3) * t**2 + 1
+            else:
+                weight = a * t**3 - 5 * a * t**2 + 8 * a * t - 4 * a
+            matrix[row, np.clip(tap, 0, old - 1)] += weight
+    return matrix

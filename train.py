@@ -1,0 +1,174 @@
+"""Train a vision-language model: pre-training and fine-tuning are recipes of this one program.
+
+    python train.py --config=configs/quickstart.py --workdir=runs/mine
+    python train.py --config=configs/quickstart.py --workdir=runs/mine --config.batch_size=128
+
+A recipe is a file in configs/; any of its keys is overridden by --config.KEY=VALUE. All keys with
+their meaning and default stand in mmjax/config.py. The common ones:
+
+    total_steps, batch_size (global), seed    init_from (a workdir to take parameters from)
+    data.source, data.root, data.image_size   objectives.NAME.weight (0 is off)
+    optimizer.learning_rate, .schedule.kind   mesh.data, mesh.fsdp, mesh.tensor
+    eval.every, checkpoint.every              log.every, log.wandb_project, log.profile
+
+The workdir gets config.json, parameters.txt, metrics.jsonl, tensorboard/ and checkpoints/. Started
+again with the same workdir, a run resumes from its last checkpoint; Ctrl-C and SIGTERM write one
+and stop.
+"""
+
+from contextlib import closing
+from pathlib import Path
+
+import jax
+from absl import flags, logging
+from ml_collections import ConfigDict
+
+from mmjax import commandline
+from mmjax import config as configuration
+from mmjax.data import load_source, make_transform
+from mmjax.data.pipeline import Source, train_batches
+from mmjax.errors import InputError
+from mmjax.evaluation import Evaluation, evaluation_data
+from mmjax.evaluation.encoding import Subject
+from mmjax.evaluation.losses import mean_losses
+from mmjax.sharding import check_batch_size, make_mesh, to_device
+from mmjax.training.checkpoints import Checkpointer, load_assets
+from mmjax.training.interruption import Interruption
+from mmjax.training.monitor import Monitor
+from mmjax.training.optimizer import optimizer_table
+from mmjax.training.program import Program
+from mmjax.training.start import load_tokenizer, log_changes, parameter_counts, resolve, start_state
+from mmjax.training.state import TrainState
+from mmjax.training.step import make_eval_step
+
+CONFIG = commandline.define_config("The recipe, a file in configs/ (FILE.py:ARG passes ARG to it).")
+WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, made if absent.")
+
+
+def train(config: ConfigDict, workdir: Path) -> None:
+    """Run a recipe to its last step, from wherever the workdir is."""
+    mesh = make_mesh(**config.mesh)
+    check_batch_size(config.batch_size, mesh)
+    source = load_source(config.data)
+    with (
+        jax.set_mesh(mesh),
+        Interruption() as interruption,
+        Checkpointer(workdir, **config.checkpoint) as checkpointer,
+    ):
+        resumed = checkpointer.latest_step() is not None
+        tokenizer = load_tokenizer(config, source, workdir, resumed)
+        config = resolve(config, tokenizer, source)
+        if resumed:
+            log_changes(load_assets(workdir)["config"], config)
+        program = Program.build(config, tokenizer, mesh)
+        evaluator = Evaluator(program) if config.eval.every else None
+        state = start_state(config, program.model, program.optimizer, mesh, checkpointer)
+        write_description(config, state, workdir)
+
+        first_step, last_step = int(state.step), config.total_steps
+        if first_step >= last_step:
+            logging.info("Nothing to do: step %d of %d is done.", first_step, last_step)
+            return
+        with closing(open_batches(program, source, first_step)) as batches:
+            batch = to_device(next(batches), mesh)
+            train_step, step_flops = program.compile_step(state, batch)
+            with Monitor(
+                config, workdir, first_step=first_step, records=len(source), flops=step_flops
+            ) as monitor:
+                for step in range(first_step + 1, last_step + 1):
+                    state, metrics = train_step(state, batch)
+                    if step < last_step:  # read the next batch while the devices work
+                        with monitor.waiting():
+                            batch = to_device(next(batches), mesh)
+                    monitor.observe(step, metrics)
+
+                    scores = None
+                    ends = step == last_step or monitor.stop_reason or interruption.requested(step)
+                    with monitor.pause():
+                        if evaluator and (step % config.eval.every == 0 or step == last_step):
+                            scores = evaluator.score(state)
+                            monitor.scores(step, scores)
+                        best = bool(scores and config.checkpoint.best_metric)
+                        checkpointer.save(step, state, program.assets, scores, force=ends or best)
+                    if ends:
+                        break
+    if monitor.stop_reason:
+        raise InputError(monitor.stop_reason)
+
+
+def open_batches(program: Program, source: Source, first_step: int):
+    """This process's rows of the training batches from `first_step` on."""
+    config = program.config
+    transform = make_transform(
+        config.data,
+        program.tokenizer,
+        program.model.answers,
+        augment=True,
+        question_only=config.question_only,
+    )
+    return train_batches(
+        source,
+        transform,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        start_step=first_step,
+        threads=config.data.threads,
+        workers=config.data.workers,
+        on_bad_record=config.data.on_bad_record,
+    )
+
+
+class Evaluator:
+    """The losses and the named evaluations of `config.eval`, on parameters as they are."""
+
+    def __init__(self, program: Program):
+        self.program, self.config = program, program.config.eval
+        data = evaluation_data(self.config, program.config.data)
+        self.evaluation = Evaluation.open(self.config, data, program.model)
+        check_batch_size(self.config.batch_size, program.mesh, key="eval.batch_size")
+        self.eval_step = make_eval_step(program.objectives)
+        self.compiled: dict = {}
+
+    def score(self, state: TrainState) -> dict[str, float]:
+        """Metrics by name; of the moving average of the parameters where there is one."""
+        program, evaluation = self.program, self.evaluation
+        subject = Subject(
+            graph=program.graph,
+            params=state.params if state.ema is None else state.ema,
+            mesh=program.mesh,
+            tokenizer=program.tokenizer,
+            batch_size=self.config.batch_size,
+            compiled=self.compiled,
+        )
+        scores = {}
+        if self.config.losses:
+            transform = make_transform(
+                evaluation.data,
+                program.tokenizer,
+                program.model.answers,
+                question_only=program.config.question_only,
+            )
+            scores = mean_losses(subject, self.eval_step, evaluation.source, transform)
+        return scores | evaluation.score(subject).metrics
+
+
+def write_description(config: ConfigDict, state: TrainState, workdir: Path) -> None:
+    """The resolved config and what every parameter gets, for people."""
+    logging.info("%s", parameter_counts(state.params))
+    if jax.process_index() == 0:
+        configuration.save(config, workdir / "config.json")
+        table = optimizer_table(config.optimizer, state.params)
+        (workdir / "parameters.txt").write_text(table + "\n")
+
+
+def main() -> None:
+    """Check the flags and train."""
+    if CONFIG.value is None or not WORKDIR.value:
+        raise InputError("give --config=RECIPE.py and --workdir=FOLDER. See --help.")
+    train(CONFIG.value, Path(WORKDIR.value))
+
+
+if __name__ == "__main__":
+    commandline.run(main)
