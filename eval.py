@@ -4,9 +4,9 @@
     python eval.py --checkpoint=runs/mine@best --config=configs/evaluate/vqa.py --output=scores
 
 The checkpoint is a workdir of train.py (its latest checkpoint, or with @STEP or @best another one)
-or the folder of one checkpoint. The model, the tokenizer and the data come from the checkpoint's own
-config; the evaluation's data.source, data.root, data.split and data.size override them. The output
-folder gets report.json (`metrics`, their `units`, examples) and the pictures of the examples;
+or the folder of one checkpoint. The model, the tokenizer and the data come from the checkpoint's
+own config; the evaluation's data.source, data.root, data.split and data.size override them. The
+output folder gets report.json (`metrics`, their `units`, examples) and the examples' pictures;
 `python -m mmjax.evaluation.report --help` merges reports and draws them as a page.
 """
 

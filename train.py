@@ -83,7 +83,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
                     monitor.observe(step, metrics)
 
                     scores = None
-                    ends = step == last_step or monitor.stop_reason or interruption.requested(step)
+                    ends = (
+                        step == last_step
+                        or bool(monitor.stop_reason)
+                        or interruption.requested(step)
+                    )
                     with monitor.pause():
                         if evaluator and (step % config.eval.every == 0 or step == last_step):
                             scores = evaluator.score(state)

@@ -13,7 +13,7 @@ def get_config(arg=None):
     config.batch_size = 64
     config.data.image_size = 64
     config.data.text_length = 24
-    width = dict(width=96, heads=3, norm="pre", epsilon=1e-6, unroll=True)
+    width = {"width": 96, "heads": 3, "norm": "pre", "epsilon": 1e-6, "unroll": True}
     config.model.image.update(**width, depth=3, patch_size=16)
     config.model.text.update(**width, depth=3, max_length=40)
     config.model.fusion.update(**width, depth=2)

@@ -19,7 +19,7 @@ def attention(
     query: Float[Array, "batch queries heads head_width"],
     key: Float[Array, "batch keys heads head_width"],
     value: Float[Array, "batch keys heads head_width"],
-    mask: Bool[Array, "batch #queries keys"] | None = None,
+    mask: Bool[Array, "batch _ keys"] | None = None,
     implementation: str = "auto",
 ) -> Float[Array, "batch queries heads head_width"]:
     """softmax(query · keyᵀ / √head_width) · value (Vaswani et al. 2017, equation 1).
@@ -40,7 +40,7 @@ def attention(
 def attention_weights(
     query: Float[Array, "batch queries heads head_width"],
     key: Float[Array, "batch keys heads head_width"],
-    mask: Bool[Array, "batch #queries keys"] | None = None,
+    mask: Bool[Array, "batch _ keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
     """The probabilities themselves, in float32: for looking at, or to distil from."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)

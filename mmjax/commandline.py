@@ -44,7 +44,7 @@ def _is_ours_or_serious(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or Path(record.pathname).resolve().is_relative_to(HERE)
 
 
-def _parse(arguments: Sequence[str]) -> list[str]:
+def _parse(arguments: Sequence[str]) -> list[str]:  # type: ignore[return]
     try:
         return flags.FLAGS(list(arguments), known_only=False)
     except flags.Error as error:

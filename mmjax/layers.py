@@ -119,8 +119,9 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys width"] | None = None,
-        mask: Bool[Array, "batch #queries keys"] | None = None,
+        mask: Bool[Array, "batch _ keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
+        """Attend; `mask` is true where a query may look."""
         context = x if context is None else context
         heads = attention(
             self.query(x), self.key(context), self.value(context), mask, self.implementation
@@ -131,7 +132,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys width"],
-        mask: Bool[Array, "batch #queries keys"] | None = None,
+        mask: Bool[Array, "batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
         return attention_weights(self.query(x), self.key(context), mask)
@@ -159,9 +160,10 @@ class AttentionSublayer(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys width"] | None = None,
-        mask: Bool[Array, "batch #queries keys"] | None = None,
+        mask: Bool[Array, "batch _ keys"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch queries width"]:
+        """Apply the sub-layer; `key` draws its dropout."""
         if not self.pre:
             return self.norm(x + self._drop(self.attention(x, context, mask), key))
         context = context if self.context_norm is None else self.context_norm(context)
@@ -171,7 +173,7 @@ class AttentionSublayer(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys width"],
-        mask: Bool[Array, "batch #queries keys"] | None = None,
+        mask: Bool[Array, "batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
         if self.pre:
@@ -197,6 +199,7 @@ class MlpSublayer(nnx.Module):
     def __call__(
         self, x: Float[Array, "batch length width"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch length width"]:
+        """Apply the sub-layer; `key` draws its dropout."""
         hidden = ACTIVATIONS[self.activation](self.up(self.norm(x) if self.pre else x))
         x = x + self.dropout(self.down(hidden), deterministic=key is None, rngs=key)
         return x if self.pre else self.norm(x)
@@ -212,9 +215,10 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch #queries length"] | None = None,
+        mask: Bool[Array, "batch _ length"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
+        """Apply the layer; `key` draws its dropout."""
         attention_key, mlp_key = split_key(key, 2)
         x = self.self_attention(x, mask=mask, key=attention_key)
         return self.mlp(x, key=mlp_key)
@@ -237,10 +241,12 @@ class Stack(nnx.Module):
         self.layers = nnx.vmap(make_layer)(rngs.split(config.depth))
 
     def __call__(self, carry: Any, *args: Any, key: Key[Array, ""] | None = None) -> Any:
-        """`carry = layer(carry, *args, key=…)` for every layer; `carry` may be a tuple of arrays."""
-        return self.run(lambda layer, carry, key: (layer(carry, *args, key=key), None), carry, key)[
-            0
-        ]
+        """`carry = layer(carry, *args, key=…)` for every layer; `carry` may be a tuple."""
+
+        def call(layer, carry, key):
+            return layer(carry, *args, key=key), None
+
+        return self.run(call, carry, key)[0]
 
     def run(
         self,
@@ -248,7 +254,7 @@ class Stack(nnx.Module):
         carry: Any,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Any, Any]:
-        """The general form: `carry, output = call(layer, carry, key)`; outputs come back stacked."""
+        """The general form, `carry, output = call(layer, carry, key)`; outputs are stacked."""
         graph, parameters = nnx.split(self.layers)
 
         def body(carry, layer_inputs):

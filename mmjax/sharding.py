@@ -79,14 +79,9 @@ def tree_shardings(tree: Any, mesh: Mesh, rules=PARAMETER_RULES) -> Any:
 
     A dimension that its mesh axis does not divide stays whole: 3 heads do not split in two.
     """
-    specs = apply_rules(rules, jax.tree.map(lambda leaf: 0, tree), key="sharding rules")
-    leaves, structure = jax.tree.flatten(tree)
-    flat_specs = structure.flatten_up_to(specs)
-    return structure.unflatten(
-        [
-            NamedSharding(mesh, _fitting(spec, leaf.shape, mesh))
-            for spec, leaf in zip(flat_specs, leaves, strict=True)
-        ]
+    specs = apply_rules(rules, tree, key="sharding rules")
+    return jax.tree.map(
+        lambda leaf, spec: NamedSharding(mesh, _fitting(spec, leaf.shape, mesh)), tree, specs
     )
 
 

@@ -172,8 +172,9 @@ class TextExample:
 class EveryCaption:
     """The captions of a source as a source of their own, a record each and without the picture.
 
-    All of them, or the first `each` of every record where that is not 0. They come in the order of the source, and of each record. Every record of `source` is read
-    once, here; one that cannot be read is logged and has no captions.
+    All of them, or the first `each` of every record where that is not 0, in the order of the source
+    and of each record. Every record of `source` is read once, here; one that cannot be read is
+    logged and has no captions.
     """
 
     def __init__(self, source: Source, each: int = 0):

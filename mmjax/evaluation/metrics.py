@@ -18,7 +18,7 @@ Direction = Literal["image_to_text", "text_to_image"]
 
 def retrieval_ranks(
     scores: Float[np.ndarray, "queries gallery"], positives: Bool[np.ndarray, "queries gallery"]
-) -> Int[np.ndarray, "queries"]:
+) -> Int[np.ndarray, " queries"]:
     """The rank of each query's best positive, counted from 1.
 
     Ties count against the model: a wrong candidate that scores the same stands before the right
@@ -43,18 +43,18 @@ def retrieval_ranks(
     return 1 + np.count_nonzero((scores >= best) & ~positives, axis=1)
 
 
-def recall_at(ranks: Int[np.ndarray, "queries"], k: int) -> float:
+def recall_at(ranks: Int[np.ndarray, " queries"], k: int) -> float:
     """R@k in percent: the share of queries whose best positive is among the first `k`."""
     return 100 * float(np.mean(ranks <= k))
 
 
-def median_rank(ranks: Int[np.ndarray, "queries"]) -> float:
+def median_rank(ranks: Int[np.ndarray, " queries"]) -> float:
     """The median rank, a count from 1 (half a rank lies between two middle queries)."""
     return float(np.median(ranks))
 
 
 def retrieval_metrics(
-    ranks: Int[np.ndarray, "queries"], direction: Direction, *, reranked: bool = False
+    ranks: Int[np.ndarray, " queries"], direction: Direction, *, reranked: bool = False
 ) -> tuple[dict[str, float], dict[str, Unit]]:
     """R@1, R@5, R@10 and the median rank of one direction, named, and their units.
 
@@ -71,7 +71,7 @@ def retrieval_metrics(
     return metrics, units
 
 
-def roc_auc(scores: Float[np.ndarray, "pairs"], labels: Bool[np.ndarray, "pairs"]) -> float:
+def roc_auc(scores: Float[np.ndarray, " pairs"], labels: Bool[np.ndarray, " pairs"]) -> float:
     """The area under the ROC curve, a fraction: how often a positive outscores a negative.
 
     Ties count half. Computed from midranks (the Mann-Whitney statistic).

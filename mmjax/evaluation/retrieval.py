@@ -78,9 +78,7 @@ def _rerank(
     return scores
 
 
-def retrieval_examples(
-    gallery: Gallery, pictures: Pictures, count: int
-) -> list[dict[str, Any]]:
+def retrieval_examples(gallery: Gallery, pictures: Pictures, count: int) -> list[dict[str, Any]]:
     """For `count` captions, spread over the gallery: the five best pictures and the true rank."""
     scores, positives = gallery.similarity.T, gallery.positives.T
     chosen = np.linspace(0, len(scores) - 1, min(count, len(scores))).astype(int)

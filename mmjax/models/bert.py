@@ -1,4 +1,4 @@
-"""The BERT encoder (Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional Transformers")."""
+"""The BERT encoder (Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional …")."""
 
 from dataclasses import dataclass
 

@@ -1,6 +1,7 @@
 """What the parts of a model hand to one another."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxtyping import Array, Bool, Float
@@ -15,7 +16,7 @@ class Encoded:
     mask: Bool[Array, "batch length"] | None  # true on tokens; None: all of them
     pooled: Float[Array, "batch width"]
 
-    def take(self, rows: jax.Array) -> "Encoded":
+    def take(self, rows: Any) -> "Encoded":
         """The same features, the rows of the batch picked anew (rows may repeat)."""
         return jax.tree.map(lambda x: x[rows], self)
 

@@ -2,8 +2,8 @@
 
 Co-attention: two streams, each attending to itself and to the other. One layer serves the family:
 LXMERT (Tan and Bansal 2019, section 2.3) crosses first and shares one cross-attention between both
-directions; METER (Dou et al. 2022, section 3.3) attends to itself first and shares nothing. In both,
-the context of a cross-attention is the other stream as it entered the layer.
+directions; METER (Dou et al. 2022, section 3.3) attends to itself first and shares nothing. In
+both, the context of a cross-attention is the other stream as it entered the layer.
 """
 
 from dataclasses import dataclass
@@ -73,6 +73,7 @@ class CoAttentionLayer(nnx.Module):
         text_mask: Bool[Array, "batch 1 length"] | None,
         key: Key[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch patches width"], Float[Array, "batch length width"]]:
+        """Both streams after the layer; `key` draws dropout."""
         image, text = image_before, text_before = streams
         image_cross, text_cross = self._crosses()
         keys = iter(split_key(key, 6))
@@ -91,7 +92,7 @@ class CoAttentionLayer(nnx.Module):
         image_mask: Bool[Array, "batch 1 patches"] | None,
         text_mask: Bool[Array, "batch 1 length"] | None,
     ) -> Float[Array, "batch length patches"]:
-        """Where the words look in the picture: cross-attention probabilities, averaged over heads."""
+        """Where the words look: probabilities of their cross-attention, averaged over heads."""
         image, text = streams
         if self.order[0] == "self":
             text = self.text_self(text, mask=text_mask)
@@ -141,7 +142,7 @@ class CoAttention(nnx.Module):
         """Fuse row i of the pictures with row i of the texts."""
         masks = _key_mask(image), _key_mask(text)
         image_tokens, text_tokens = self.blocks(self._enter(image, text), *masks, key=key)
-        if self.image_norm is not None:
+        if self.image_norm is not None and self.text_norm is not None:
             image_tokens, text_tokens = self.image_norm(image_tokens), self.text_norm(text_tokens)
         pooled = jnp.tanh(self.text_pooler(text_tokens[:, 0]))
         if self.image_pooler is not None:
@@ -163,7 +164,7 @@ class CoAttention(nnx.Module):
 
     def _enter(self, image: Encoded, text: Encoded):
         image_tokens, text_tokens = image.tokens, text.tokens
-        if self.image_projection is not None:
+        if self.image_projection is not None and self.text_projection is not None:
             image_tokens = self.image_projection(image_tokens)
             text_tokens = self.text_projection(text_tokens)
         if self.type_embedding is not None:

@@ -15,9 +15,7 @@ class ContrastiveHead(nnx.Module):
     `optimizer.bounds` keeps it below 100 as there.
     """
 
-    def __init__(
-        self, image_width: int, text_width: int, width: int, dtype: str, rngs: nnx.Rngs
-    ):
+    def __init__(self, image_width: int, text_width: int, width: int, dtype: str, rngs: nnx.Rngs):
         self.image_projection = linear(image_width, width, dtype, rngs)
         self.text_projection = linear(text_width, width, dtype, rngs)
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
@@ -43,6 +41,7 @@ class MatchingHead(nnx.Module):
         self.classifier = linear(width, 2, dtype, rngs)
 
     def __call__(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch 2"]:
+        """Logits of no and yes, float32."""
         return self.classifier(pooled).astype(jnp.float32)
 
 
@@ -60,6 +59,7 @@ class MaskedLanguageHead(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "*batch width"], text_encoder: BertEncoder
     ) -> Float[Array, "*batch words"]:
+        """Logits of every word, float32."""
         x = self.norm(ACTIVATIONS["gelu"](self.transform(tokens)))
         return text_encoder.logits(x) + self.bias[...]
 
@@ -73,6 +73,7 @@ class AnsweringHead(nnx.Module):
         self.classifier = linear(hidden, answers, dtype, rngs)
 
     def __call__(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch answers"]:
+        """Logits of every answer, float32."""
         x = ACTIVATIONS["gelu"](self.norm(self.hidden(pooled)))
         return self.classifier(x).astype(jnp.float32)
 

@@ -37,8 +37,14 @@ class ModelConfig:
 class VisionLanguageModel(nnx.Module):
     """Pictures and texts in, features and scores out.
 
-    Keys: `key=None` runs without dropout; a key draws a mask anew in every layer.
+    `key=None` runs without dropout; a key draws a mask anew in every layer.
     """
+
+    # A head, or None where the config has it not. (Objectives check before they ask for one.)
+    contrastive: Any
+    matching: Any
+    masked_language: Any
+    answering: Any
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
         self.config = config
@@ -96,7 +102,7 @@ class VisionLanguageModel(nnx.Module):
         text_mask: Bool[Array, "batch length"],
         key: Key[Array, ""] | None = None,
     ) -> Mapping[str, Any]:
-        """Everything the model has to say of a batch of pairs, by name; heads it lacks are absent."""
+        """All that the model has to say of a batch of pairs, by name; heads it lacks are absent."""
         image_key, text_key, fusion_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         encoded_image = self.encode_image(image, image_key)
         encoded_text = self.encode_text(text, text_mask, text_key)

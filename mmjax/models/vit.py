@@ -136,9 +136,8 @@ class AttentionPool(nnx.Module):
         self.attention = Attention(config, rngs)
         self.mlp = MlpSublayer(config, rngs)
 
-    def __call__(
-        self, tokens: Float[Array, "batch length width"]
-    ) -> Float[Array, "batch width"]:
+    def __call__(self, tokens: Float[Array, "batch length width"]) -> Float[Array, "batch width"]:
+        """One vector a picture."""
         query = jnp.broadcast_to(
             self.query[...].astype(tokens.dtype), (tokens.shape[0], 1, tokens.shape[2])
         )

@@ -9,14 +9,14 @@ from mmjax.objectives.loss import Features, Loss, weighted
 
 def soft_binary_cross_entropy(
     logits: Float[Array, "batch answers"], targets: Float[Array, "batch answers"]
-) -> Float[Array, "batch"]:
+) -> Float[Array, " batch"]:
     """Binary cross-entropy against soft scores, summed over answers (Teney et al. 2018, eq. 2).
 
     METER's and UNITER's "mean × number of answers" is the same sum.
     """
-    return -(targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)).sum(
-        axis=-1
-    )
+    return -(
+        targets * jax.nn.log_sigmoid(logits) + (1 - targets) * jax.nn.log_sigmoid(-logits)
+    ).sum(axis=-1)
 
 
 def answering(features: Features, key: jax.Array) -> Loss:

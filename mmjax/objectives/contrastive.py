@@ -10,8 +10,8 @@ from mmjax.objectives.loss import Features, Loss, weighted
 def info_nce(
     logits: Float[Array, "queries candidates"],
     positives: Bool[Array, "queries candidates"],
-    valid: Bool[Array, "candidates"],
-) -> Float[Array, "queries"]:
+    valid: Bool[Array, " candidates"],
+) -> Float[Array, " queries"]:
     """Cross-entropy of each query's softmax over the candidates (van den Oord et al. 2018, eq. 4).
 
     Several positives share the target evenly, as in ALBEF's retrieval loss (Li et al. 2021, section
@@ -47,6 +47,6 @@ def contrastive(features: Features, key: jax.Array) -> Loss:
     )
 
 
-def same_image(image_id: Int[Array, "batch"]) -> Bool[Array, "batch batch"]:
+def same_image(image_id: Int[Array, " batch"]) -> Bool[Array, "batch batch"]:
     """True where two rows of the batch show the same picture."""
     return image_id[:, None] == image_id[None, :]

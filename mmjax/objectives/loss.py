@@ -35,7 +35,7 @@ def purpose_key(key: Key[Array, ""], purpose: str) -> Key[Array, ""]:
     return jax.random.fold_in(key, zlib.crc32(purpose.encode()) & 0x7FFFFFFF)
 
 
-def example_keys(key: Key[Array, ""], index: Int[Array, "batch"]) -> Key[Array, "batch"]:
+def example_keys(key: Key[Array, ""], index: Int[Array, " batch"]) -> Key[Array, " batch"]:
     """A key for each example, by its number in the data set: rows may be dealt out anyhow."""
     return jax.vmap(lambda number: jax.random.fold_in(key, number))(index)
 

@@ -10,7 +10,7 @@ from mmjax.objectives.loss import Features, Loss, example_keys, weighted
 def mask_tokens(
     text: Int[Array, "batch length"],
     maskable: Bool[Array, "batch length"],
-    keys: Key[Array, "batch"],
+    keys: Key[Array, " batch"],
     *,
     rate: float,
     mask_id: int,
@@ -22,13 +22,13 @@ def mask_tokens(
     evenly from the vocabulary, 10 % stay. Returns the new text and where it was chosen.
     """
 
-    def row(text_L, maskable_L, key):
+    def row(row_text, row_maskable, key):
         choose, kind, word = jax.random.split(key, 3)
-        chosen = maskable_L & (jax.random.uniform(choose, text_L.shape) < rate)
-        u = jax.random.uniform(kind, text_L.shape)
-        words = jax.random.randint(word, text_L.shape, 0, vocabulary_size, text_L.dtype)
-        corrupted = jnp.where(u < 0.8, mask_id, jnp.where(u < 0.9, words, text_L))
-        return jnp.where(chosen, corrupted, text_L), chosen
+        chosen = row_maskable & (jax.random.uniform(choose, row_text.shape) < rate)
+        u = jax.random.uniform(kind, row_text.shape)
+        words = jax.random.randint(word, row_text.shape, 0, vocabulary_size, row_text.dtype)
+        corrupted = jnp.where(u < 0.8, mask_id, jnp.where(u < 0.9, words, row_text))
+        return jnp.where(chosen, corrupted, row_text), chosen
 
     return jax.vmap(row)(text, maskable, keys)
 

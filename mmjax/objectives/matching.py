@@ -10,7 +10,7 @@ from mmjax.objectives.loss import Features, Loss, purpose_key, weighted
 
 
 def pair_gumbel(
-    key: Key[Array, ""], rows: Int[Array, "queries"], columns: Int[Array, "candidates"]
+    key: Key[Array, ""], rows: Int[Array, " queries"], columns: Int[Array, " candidates"]
 ) -> Float[Array, "queries candidates"]:
     """Gumbel noise that belongs to a pair of examples, whatever rows of the batch they came in."""
 
@@ -27,7 +27,7 @@ def sample_negatives(
     logits: Float[Array, "queries candidates"],
     allowed: Bool[Array, "queries candidates"],
     noise: Float[Array, "queries candidates"],
-) -> tuple[Int[Array, "queries"], Bool[Array, "queries"]]:
+) -> tuple[Int[Array, " queries"], Bool[Array, " queries"]]:
     """One candidate a query, drawn from softmax(logits) over the allowed ones by Gumbel-max.
 
     Returns the candidates, and whether there was any to draw.
@@ -79,8 +79,8 @@ def matching(features: Features, key: jax.Array, *, negatives: str = "hard") -> 
 
 
 def matching_loss(
-    logits: Float[Array, "pairs 2"], labels: Bool[Array, "pairs"]
-) -> Float[Array, "pairs"]:
+    logits: Float[Array, "pairs 2"], labels: Bool[Array, " pairs"]
+) -> Float[Array, " pairs"]:
     """Cross-entropy of two classes."""
     log_p = jax.nn.log_softmax(logits)
     return -jnp.where(labels, log_p[:, 1], log_p[:, 0])

@@ -1,0 +1,1 @@
+"""State, step, optimizer, checkpoints, and what people see of a run."""

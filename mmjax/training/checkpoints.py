@@ -17,10 +17,11 @@ import difflib
 import json
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, TypeAlias
 
 import jax
 import numpy as np
@@ -31,7 +32,7 @@ from mmjax.errors import InputError, near_misses
 from mmjax.rules import path_name
 
 Tree = Any  # a pytree of arrays, or of their ShapeDtypeStructs
-Path = str | epath.PathLike
+Path: TypeAlias = str | os.PathLike[str]
 
 LISTED_AT_MOST = 10
 

@@ -28,11 +28,10 @@ class MatchingPrior:
             return None
         self.warned = True
         return (
-            f"the image-text matching loss has stood at {mean:.4f} for {self.window} steps: that is "
-            f"{prior:.4f}, what answering by the share of true pairs alone costs, so the fusion has "
-            "learnt nothing yet. Usual causes: too high a learning rate, contrastive embeddings "
-            "that are still random, texts cut before they differ, or pictures that do not fit "
-            "their texts. See docs/troubleshooting.md."
+            f"the image-text matching loss has stood at {mean:.4f} for {self.window} steps: "
+            f"{prior:.4f} is what answering by the share of true pairs alone costs, so the fusion "
+            "has learnt nothing yet. Usual causes: too high a learning rate, embeddings that are "
+            "still random, texts cut before they differ, or pictures that do not fit their texts. See docs/troubleshooting.md."
         )
 
 

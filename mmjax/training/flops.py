@@ -1,9 +1,9 @@
-"""Model FLOPs, counted from the program itself, and the share of the device's peak they reach (MFU).
+"""Model FLOPs, counted from the program itself, and the share of the device's peak they reach.
 
-Counted are the matrix products and convolutions of the forward pass, 2·m·n·k each, loop bodies times
-their trip counts, plus twice that for the backward pass: 3 × forward. What rematerialisation computes
-again is not counted, nor is anything elementwise: the usual definition (Chowdhery et al. 2022, PaLM,
-appendix B).
+Counted are the matrix products and convolutions of the forward pass, 2·m·n·k each, loop bodies
+times their trip counts, plus twice that for the backward pass: 3 × forward. What rematerialisation
+computes again is not counted, nor is anything elementwise: the usual definition of MFU (Chowdhery
+et al. 2022, PaLM, appendix B).
 """
 
 from collections.abc import Callable

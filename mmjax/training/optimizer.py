@@ -119,7 +119,7 @@ def _direction(config: Mapping[str, Any]) -> optax.GradientTransformation:
 
 
 def _per_leaf(function: Callable[..., Any], values: Parameters) -> optax.GradientTransformation:
-    """update -> function(update, parameter, value) with a constant value for every parameter."""
+    """Update -> function(update, parameter, value) with a constant value for every parameter."""
     return optax.stateless(lambda updates, params: jax.tree.map(function, updates, params, values))
 
 

@@ -21,8 +21,10 @@ from mmjax.training.initialisation import merge_parameters
 from mmjax.training.state import TrainState, abstract_state, init_state, state_from_params
 
 
-def load_tokenizer(config: ConfigDict, source: Source, workdir: Path, resume: bool) -> TextTokenizer:
-    """The run's tokenizer: the resumed checkpoint's, a given vocabulary's, `init_from`'s, or new."""
+def load_tokenizer(
+    config: ConfigDict, source: Source, workdir: Path, resume: bool
+) -> TextTokenizer:
+    """The resumed checkpoint's tokenizer, else a given vocabulary, else `init_from`'s, else new."""
     if resume:
         return TextTokenizer.from_json(load_assets(workdir)["tokenizer"])
     if config.data.vocabulary:

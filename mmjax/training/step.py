@@ -101,8 +101,8 @@ def compile_train_step(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, Metrics]],
     state: TrainState,
     mesh: Mesh,
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """`jax.jit` with the state's own shardings (abstract or not), its memory donated to the next."""
+) -> Any:
+    """`jax.jit` with the (abstract) state's own shardings, its memory donated to the next."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     return jax.jit(
         train_step,
@@ -147,7 +147,9 @@ def _gradients(
         # (a metric that is no sum over examples, as the scale, averages: its weights add up too)
         return jax.tree.map(jnp.add, carry, (gradients, loss, sums)), None
 
-    first, rest = (jax.tree.map(lambda x, part=part: x[part], slices) for part in (0, slice(1, None)))
+    first, rest = (
+        jax.tree.map(lambda x, part=part: x[part], slices) for part in (0, slice(1, None))
+    )
     (loss, sums), gradients = value_and_grad(params, first, weights)
     (gradients, loss, sums), _ = jax.lax.scan(add, (gradients, loss, sums), rest)
     return gradients, loss, sums

@@ -1,0 +1,44 @@
+# make quickstart | make test | make lint.   VENV and PYTHON can be set: make test PYTHON=python3.12
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+RUNS := runs/quickstart
+
+.PHONY: quickstart test lint clean
+
+# Stamps, so that an installation is made once and again when what it installs changes.
+$(VENV)/installed: pyproject.toml requirements.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[test,lint]'
+	touch $@
+
+# The whole life of a model. Started again, every step resumes or finds its work done.
+quickstart: $(VENV)/installed
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUNS)/pretrain
+	$(BIN)/python eval.py --config=configs/evaluate/quickstart.py --checkpoint=$(RUNS)/pretrain \
+	  --output=$(RUNS)/scores/pretrain
+	$(BIN)/python train.py --config=configs/finetune/quickstart_vqa.py \
+	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/vqa
+	$(BIN)/python train.py --config=configs/finetune/quickstart_vqa.py:question_only \
+	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/question_only
+	$(BIN)/python eval.py --config=configs/evaluate/vqa.py --checkpoint=$(RUNS)/vqa \
+	  --config.vqa.question_only=$(RUNS)/question_only --output=$(RUNS)/scores/vqa
+	$(BIN)/python -m mmjax.evaluation.report --output=$(RUNS) \
+	  --reports=$(RUNS)/scores/pretrain,$(RUNS)/scores/vqa \
+	  --logs=pretrain=$(RUNS)/pretrain,vqa=$(RUNS)/vqa,question_only=$(RUNS)/question_only
+
+test: $(VENV)/installed-test
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info
