@@ -21,9 +21,9 @@ from mmjax import commandline
 from mmjax import config as configuration
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
-from mmjax.evaluation import Evaluation, evaluation_data
 from mmjax.evaluation.encoding import Subject
 from mmjax.evaluation.report import format_table, write_report
+from mmjax.evaluation.suite import Evaluation, evaluation_data
 from mmjax.models import ModelConfig
 from mmjax.sharding import check_batch_size, make_mesh
 from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters

@@ -28,9 +28,9 @@ from mmjax import config as configuration
 from mmjax.data import load_source, make_transform
 from mmjax.data.pipeline import Source, train_batches
 from mmjax.errors import InputError
-from mmjax.evaluation import Evaluation, evaluation_data
 from mmjax.evaluation.encoding import Subject
 from mmjax.evaluation.losses import mean_losses
+from mmjax.evaluation.suite import Evaluation, evaluation_data
 from mmjax.sharding import check_batch_size, make_mesh, to_device
 from mmjax.training.checkpoints import Checkpointer, load_assets
 from mmjax.training.interruption import Interruption

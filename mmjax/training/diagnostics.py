@@ -31,7 +31,8 @@ class MatchingPrior:
             f"the image-text matching loss has stood at {mean:.4f} for {self.window} steps: "
             f"{prior:.4f} is what answering by the share of true pairs alone costs, so the fusion "
             "has learnt nothing yet. Usual causes: too high a learning rate, embeddings that are "
-            "still random, texts cut before they differ, or pictures that do not fit their texts. See docs/troubleshooting.md."
+            "still random, texts cut before they differ, or pictures that do not fit their texts. "
+            "See docs/troubleshooting.md."
         )
 
 

@@ -1,0 +1,110 @@
+"""The evaluations that a config asks for, on data that were opened once."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mmjax.data import load_source, make_transform
+from mmjax.data.pipeline import Source
+from mmjax.errors import InputError
+from mmjax.evaluation.answering import answer_questions, answering_examples, score_answers
+from mmjax.evaluation.encoding import Pictures, Subject, encode_gallery
+from mmjax.evaluation.matching import attention_examples, matching_examples, score_matching
+from mmjax.evaluation.report import Result
+from mmjax.evaluation.retrieval import retrieval_examples, score_retrieval
+from mmjax.models import ModelConfig
+
+
+def evaluation_data(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
+    """The training run's `data` with what the evaluation's own `data` sets."""
+    return {**data, **{key: value for key, value in evaluation["data"].items() if value}}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The evaluations that a config asks for, on data that were opened once.
+
+    `config` is that of `mmjax.config.evaluation_config` (or `eval` of a training run), `data` the
+    complete data config, `model` the model's.
+    """
+
+    config: Mapping[str, Any]
+    data: Mapping[str, Any]
+    model: ModelConfig
+    source: Source
+
+    @classmethod
+    def open(
+        cls, config: Mapping[str, Any], data: Mapping[str, Any], model: ModelConfig
+    ) -> "Evaluation":
+        """Open the data; InputError where what is asked for and the data do not go together."""
+        needed = {name for name in ("retrieval", "matching", "vqa") if config[name]["run"]}
+        task = "questions" if needed == {"vqa"} else "captions"
+        if "vqa" in needed and len(needed) > 1:
+            raise InputError(
+                "vqa needs questions, retrieval and matching need captions: evaluate them in two "
+                "runs and merge the reports (python -m mmjax.evaluation.report --help)."
+            )
+        data = {**data, "task": task if needed else data["task"]}
+        return cls(config, data, model, load_source(data))
+
+    @property
+    def runs(self) -> bool:
+        """Whether any evaluation is asked for."""
+        return any(self.config[name]["run"] for name in ("retrieval", "matching", "vqa"))
+
+    def score(
+        self, subject: Subject, folder: Path | None = None, question_only: Subject | None = None
+    ) -> Result:
+        """Every score; with `folder`, examples too, their pictures saved there.
+
+        `question_only` is a model trained without pictures, to stand beside the VQA score.
+        """
+        result = Result({}, {})
+        if self.config["retrieval"]["run"] or self.config["matching"]["run"]:
+            result = result.merge(self._captions(subject, folder))
+        if self.config["vqa"]["run"]:
+            result = result.merge(self._questions(subject, folder, question_only))
+        return result
+
+    def _captions(self, subject: Subject, folder: Path | None) -> Result:
+        retrieval, matching = self.config["retrieval"], self.config["matching"]
+        transform = make_transform(self.data, subject.tokenizer)
+        gallery = encode_gallery(
+            subject, self.source, transform, self.data["text_length"], retrieval["captions"]
+        )
+        pictures = None if folder is None else Pictures(folder, self.source, transform)
+        result = Result({}, {})
+        if retrieval["run"]:
+            result = result.merge(score_retrieval(subject, gallery, retrieval))
+            if pictures:
+                examples = retrieval_examples(gallery, pictures, retrieval["examples"])
+                result = result.merge(Result({}, {}, {"retrieval": examples}))
+        if matching["run"]:
+            scores, pairs = score_matching(subject, gallery, matching)
+            result = result.merge(scores)
+            if pictures:
+                count, grid = matching["examples"], self.model.image.grid
+                examples = matching_examples(gallery, pairs, pictures, count)
+                maps = attention_examples(subject, gallery, pictures, grid, count)
+                result = result.merge(Result({}, {}, {"matching": examples, "attention": maps}))
+        return result
+
+    def _questions(
+        self, subject: Subject, folder: Path | None, question_only: Subject | None
+    ) -> Result:
+        names = self.model.answers
+        transform = make_transform(self.data, subject.tokenizer, names)
+        answers = answer_questions(subject, self.source, transform, names)
+        blind = None
+        if question_only is not None:
+            grey = make_transform(self.data, question_only.tokenizer, names, question_only=True)
+            blind = answer_questions(question_only, self.source, grey, names)
+        result, records = score_answers(self.source, answers, blind)
+        if folder is None:
+            return result
+        pictures = Pictures(folder, self.source, transform)
+        count = self.config["vqa"]["examples"]
+        examples = answering_examples(records, answers, blind, pictures, count)
+        return result.merge(Result({}, {}, {"vqa": examples}))
