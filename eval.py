@@ -10,7 +10,9 @@ output folder gets report.json (`metrics`, their `units`, examples) and the exam
 `python -m mmjax.evaluation.report --help` merges reports and draws them as a page.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags, logging
@@ -29,10 +31,6 @@ from mmjax.sharding import check_batch_size, make_mesh
 from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters
 from mmjax.training.state import abstract_params, graph_of
 
-CONFIG = commandline.define_config("The evaluation, a file in configs/evaluate/.")
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "A workdir, WORKDIR@STEP, WORKDIR@best.")
-OUTPUT = flags.DEFINE_string("output", None, "The report's folder, made if absent.")
-
 
 def evaluate(config: ConfigDict, checkpoint: str, output: Path) -> dict[str, float]:
     """Score a checkpoint, write the report, and return the metrics."""
@@ -41,7 +39,8 @@ def evaluate(config: ConfigDict, checkpoint: str, output: Path) -> dict[str, flo
     folder = find_checkpoint(checkpoint)
     with jax.set_mesh(mesh):
         subject, trained, model = load_subject(str(folder), config, mesh)
-        evaluation = Evaluation.open(config, evaluation_data(config, trained["data"]), model)
+        data = evaluation_data(config.to_dict(), trained["data"])
+        evaluation = Evaluation.open(config.to_dict(), data, model)
         if not evaluation.runs:
             raise InputError("the config asks for no evaluation: set retrieval.run, or another.")
         question_only = None
@@ -59,7 +58,7 @@ def evaluate(config: ConfigDict, checkpoint: str, output: Path) -> dict[str, flo
             result,
             checkpoint=checkpoint,
             step=int(folder.name),
-            config=configuration.from_dict(config.to_dict()).to_dict(),
+            config=json.loads(configuration.to_json(config)),
         )
         print(format_table(result.metrics, result.units))
         logging.info("Wrote %s.", path)
@@ -68,11 +67,11 @@ def evaluate(config: ConfigDict, checkpoint: str, output: Path) -> dict[str, flo
 
 def load_subject(
     checkpoint: str, config: ConfigDict, mesh: Mesh
-) -> tuple[Subject, ConfigDict, ModelConfig]:
+) -> tuple[Subject, dict[str, Any], ModelConfig]:
     """The model in a checkpoint, with the config it was trained with."""
     assets = load_assets(checkpoint)
-    trained = configuration.from_dict(assets["config"])
-    model = configuration.model_config(trained.model)
+    trained = assets["config"]
+    model = configuration.model_config(trained["model"])
     subject = Subject(
         graph=graph_of(model),
         params=load_parameters(checkpoint, abstract_params(model, mesh), ema=config.ema),
@@ -84,12 +83,9 @@ def load_subject(
     return subject, trained, model
 
 
-def main() -> None:
-    """Check the flags and evaluate."""
-    if CONFIG.value is None or not CHECKPOINT.value or not OUTPUT.value:
-        raise InputError("give --checkpoint, --config and --output. See --help.")
-    evaluate(CONFIG.value, CHECKPOINT.value, Path(OUTPUT.value))
-
-
 if __name__ == "__main__":
-    commandline.run(main)
+    flags.DEFINE_string("checkpoint", None, "A workdir, WORKDIR@STEP, WORKDIR@best.", required=True)
+    flags.DEFINE_string("output", None, "The report's folder, made if absent.", required=True)
+    commandline.run(
+        lambda config: evaluate(config, flags.FLAGS.checkpoint, Path(flags.FLAGS.output))
+    )

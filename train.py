@@ -41,15 +41,12 @@ from mmjax.training.start import load_tokenizer, log_changes, parameter_counts, 
 from mmjax.training.state import TrainState
 from mmjax.training.step import make_eval_step
 
-CONFIG = commandline.define_config("The recipe, a file in configs/ (FILE.py:ARG passes ARG to it).")
-WORKDIR = flags.DEFINE_string("workdir", None, "The run's folder, made if absent.")
-
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Run a recipe to its last step, from wherever the workdir is."""
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh)
-    source = load_source(config.data)
+    source = load_source(config.data.to_dict())
     with (
         jax.set_mesh(mesh),
         Interruption() as interruption,
@@ -104,7 +101,7 @@ def open_batches(program: Program, source: Source, first_step: int):
     """This process's rows of the training batches from `first_step` on."""
     config = program.config
     transform = make_transform(
-        config.data,
+        config.data.to_dict(),
         program.tokenizer,
         program.model.answers,
         augment=True,
@@ -128,10 +125,10 @@ class Evaluator:
     """The losses and the named evaluations of `config.eval`, on parameters as they are."""
 
     def __init__(self, program: Program):
-        self.program, self.config = program, program.config.eval
-        data = evaluation_data(self.config, program.config.data)
+        self.program, self.config = program, program.config.eval.to_dict()
+        data = evaluation_data(self.config, program.config.data.to_dict())
         self.evaluation = Evaluation.open(self.config, data, program.model)
-        check_batch_size(self.config.batch_size, program.mesh, key="eval.batch_size")
+        check_batch_size(self.config["batch_size"], program.mesh, key="eval.batch_size")
         self.eval_step = make_eval_step(program.objectives)
         self.compiled: dict = {}
 
@@ -143,11 +140,11 @@ class Evaluator:
             params=state.params if state.ema is None else state.ema,
             mesh=program.mesh,
             tokenizer=program.tokenizer,
-            batch_size=self.config.batch_size,
+            batch_size=self.config["batch_size"],
             compiled=self.compiled,
         )
         scores = {}
-        if self.config.losses:
+        if self.config["losses"]:
             transform = make_transform(
                 evaluation.data,
                 program.tokenizer,
@@ -163,16 +160,10 @@ def write_description(config: ConfigDict, state: TrainState, workdir: Path) -> N
     logging.info("%s", parameter_counts(state.params))
     if jax.process_index() == 0:
         configuration.save(config, workdir / "config.json")
-        table = optimizer_table(config.optimizer, state.params)
+        table = optimizer_table(config.optimizer.to_dict(), state.params)
         (workdir / "parameters.txt").write_text(table + "\n")
 
 
-def main() -> None:
-    """Check the flags and train."""
-    if CONFIG.value is None or not WORKDIR.value:
-        raise InputError("give --config=RECIPE.py and --workdir=FOLDER. See --help.")
-    train(CONFIG.value, Path(WORKDIR.value))
-
-
 if __name__ == "__main__":
-    commandline.run(main)
+    flags.DEFINE_string("workdir", None, "The run's folder, made if absent.", required=True)
+    commandline.run(lambda config: train(config, Path(flags.FLAGS.workdir)))

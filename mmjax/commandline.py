@@ -8,26 +8,29 @@ from typing import Any
 
 import absl.logging
 from absl import app, flags
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
 from mmjax.errors import InputError
 
 HERE = Path(__file__).resolve().parent.parent
 
 
-def define_config(help_text: str) -> flags.FlagHolder:
-    """The flag --config=RECIPE.py, overridden by --config.KEY=VALUE, locked."""
-    return config_flags.DEFINE_config_file("config", None, help_text, lock_config=True)
+def run(main: Callable[[ConfigDict], Any]) -> None:
+    """Parse the flags and call `main` with the config.
 
-
-def run(main: Callable[[], None]) -> None:
-    """Parse the flags and run `main`; bad input ends in its message and exit status 2."""
+    The config is the recipe named by --config=FILE.py (FILE.py:ARG passes ARG to its get_config),
+    overridden by --config.KEY=VALUE, locked. Bad input ends in its message and exit status 2.
+    """
+    config = config_flags.DEFINE_config_file(
+        "config", None, "The recipe, a file in configs/; --config.KEY=VALUE overrides."
+    )
+    flags.mark_flag_as_required("config")
 
     def guarded(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _exit(f"unexpected argument {arguments[1]!r}: flags are written --name=value.")
         try:
-            main()
+            main(config.value)
         except InputError as error:
             _exit(str(error))
 

@@ -192,11 +192,6 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def from_dict(saved: Mapping[str, Any]) -> ConfigDict:
-    """A config again, of what `to_json` wrote."""
-    return ConfigDict(json.loads(json.dumps(saved)))
-
-
 def save(config: ConfigDict, path: Path) -> None:
     """Write the resolved config beside a run."""
     path.parent.mkdir(parents=True, exist_ok=True)

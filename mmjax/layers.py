@@ -31,7 +31,10 @@ REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
-_KERNEL_INIT = nnx.initializers.truncated_normal(0.02)  # BERT's and the ViT's own
+# 1 / √inputs keeps the scale of activations at any width; BERT's fixed 0.02 is about that at 768,
+# and much too small for narrow models. Tables and tokens keep the 0.02.
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+TABLE_INIT = nnx.initializers.truncated_normal(0.02)
 
 
 @dataclass(frozen=True)
@@ -94,7 +97,7 @@ def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.La
 
 def embedding(rows: int, width: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:
     """A table of `rows` learnt vectors."""
-    return nnx.Embed(rows, width, dtype=jnp.dtype(dtype), embedding_init=_KERNEL_INIT, rngs=rngs)
+    return nnx.Embed(rows, width, dtype=jnp.dtype(dtype), embedding_init=TABLE_INIT, rngs=rngs)
 
 
 class Attention(nnx.Module):

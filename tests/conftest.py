@@ -5,6 +5,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from jaxtyping import install_import_hook
+
+# The annotated shapes are checked while the tests run.
+CHECKED = ["mmjax.attention", "mmjax.layers", "mmjax.models", "mmjax.objectives"]
+install_import_hook(CHECKED, "beartype.beartype")
 
 # All of this is read when jax is imported, which the tests do after this file.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -16,6 +21,27 @@ os.environ.setdefault(
     str(Path(tempfile.gettempdir()) / f"mmjax-jax-cache-{os.getuid()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
+
+
+@pytest.fixture
+def tiny_config():
+    """A recipe that compiles in seconds: one narrow layer of everything, on eight devices."""
+    from configs import quickstart
+
+    config = quickstart.get_config()
+    config.total_steps, config.batch_size = 4, 8
+    config.data.size, config.data.text_length = 64, 16
+    width = {"width": 16, "heads": 2, "depth": 1, "unroll": False}
+    config.model.image.update(**width, patch_size=32)
+    config.model.text.update(**width)
+    config.model.fusion.update(**width)
+    config.model.embedding_width = 8
+    config.optimizer.schedule.warmup_steps = 1
+    config.log.update(every=1, tensorboard=False)
+    config.checkpoint.every = 0
+    config.eval.every = 0
+    config.eval.batch_size, config.eval.data.size = 8, 20
+    return config.lock()
 
 
 @pytest.fixture(scope="session")

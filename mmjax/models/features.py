@@ -4,7 +4,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jaxtyping import Array, Bool, Float
+import numpy as np
+from jaxtyping import Bool, Float
+
+AnyArray = jax.Array | np.ndarray  # on devices, or in host memory after an evaluation
 
 
 @jax.tree_util.register_dataclass
@@ -12,9 +15,9 @@ from jaxtyping import Array, Bool, Float
 class Encoded:
     """One modality after its encoder."""
 
-    tokens: Float[Array, "batch length width"]
-    mask: Bool[Array, "batch length"] | None  # true on tokens; None: all of them
-    pooled: Float[Array, "batch width"]
+    tokens: Float[AnyArray, "batch length width"]
+    mask: Bool[AnyArray, "batch length"] | None  # true on tokens; None: all of them
+    pooled: Float[AnyArray, "batch width"]
 
     def take(self, rows: Any) -> "Encoded":
         """The same features, the rows of the batch picked anew (rows may repeat)."""
@@ -26,6 +29,6 @@ class Encoded:
 class Fused:
     """Both modalities after the fusion, and the vector that stands for the pair."""
 
-    image_tokens: Float[Array, "batch patches width"]
-    text_tokens: Float[Array, "batch length width"]
-    pooled: Float[Array, "batch pooled_width"]
+    image_tokens: Float[AnyArray, "batch patches width"]
+    text_tokens: Float[AnyArray, "batch length width"]
+    pooled: Float[AnyArray, "batch pooled_width"]

@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from mmjax.errors import InputError, near_misses
 from mmjax.layers import (
+    TABLE_INIT,
     Attention,
     Block,
     LayerConfig,
@@ -77,11 +78,10 @@ class ViT(nnx.Module):
         self.config = config
         width, dtype = config.width, config.dtype
         patches = config.grid[0] * config.grid[1]
-        init = nnx.initializers.truncated_normal(0.02)
         self.patch = linear(3 * config.patch_size**2, width, dtype, rngs)
         has_class = config.pool == "class_token"
-        self.class_token = nnx.Param(init(rngs.params(), (1, width))) if has_class else None
-        self.position_embedding = nnx.Param(init(rngs.params(), (patches + has_class, width)))
+        self.class_token = nnx.Param(TABLE_INIT(rngs.params(), (1, width))) if has_class else None
+        self.position_embedding = nnx.Param(TABLE_INIT(rngs.params(), (patches + has_class, width)))
         self.dropout = nnx.Dropout(config.dropout)
         self.blocks = Stack(lambda rngs: Block(config, rngs), config, rngs)
         self.norm = layer_norm(width, config.epsilon, dtype, rngs)
@@ -131,8 +131,7 @@ class AttentionPool(nnx.Module):
     """One learnt query attends to all tokens (Zhai et al. 2022, "Scaling Vision Transformers")."""
 
     def __init__(self, config: ViTConfig, rngs: nnx.Rngs):
-        init = nnx.initializers.truncated_normal(0.02)
-        self.query = nnx.Param(init(rngs.params(), (1, config.width)))
+        self.query = nnx.Param(TABLE_INIT(rngs.params(), (1, config.width)))
         self.attention = Attention(config, rngs)
         self.mlp = MlpSublayer(config, rngs)
 

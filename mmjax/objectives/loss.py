@@ -7,7 +7,7 @@ from functools import cached_property
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Key
+from jaxtyping import Array, Float, Int, Key, Shaped
 
 from mmjax.models import Encoded, Fused, VisionLanguageModel
 
@@ -24,7 +24,7 @@ class Loss:
     metrics: dict[str, Sum] = field(default_factory=dict)  # likewise (sum, weight) by name
 
 
-def weighted(values: Float[Array, "*shape"], weights: Array) -> Sum:
+def weighted(values: Shaped[Array, "*shape"], weights: Shaped[Array, "*shape"]) -> Sum:
     """The weighted sum of `values` and the sum of the weights."""
     weights = jnp.asarray(weights, jnp.float32)
     return (values * weights).sum(), weights.sum()

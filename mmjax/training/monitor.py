@@ -58,7 +58,7 @@ class Monitor:
             enabled=enabled,
         )
         self._watch = Stopwatch(flops, config.batch_size)
-        self._schedule = make_schedule(config.optimizer, config.total_steps)
+        self._schedule = make_schedule(config.optimizer.to_dict(), config.total_steps)
         self._matching_prior = MatchingPrior()
         self._pending: list[Mapping[str, jax.Array]] = []
         self._bad_records = 0

@@ -36,10 +36,10 @@ class Program:
     @classmethod
     def build(cls, config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> "Program":
         """Raises InputError where parts of the config do not fit each other."""
-        model = model_config(config.model)
-        objectives = build_objectives(config.objectives, model, tokenizer)
+        model = model_config(config.model.to_dict())
+        objectives = build_objectives(config.objectives.to_dict(), model, tokenizer)
         params = abstract_params(model, mesh)
-        optimizer = make_optimizer(config.optimizer, params, config.total_steps)
+        optimizer = make_optimizer(config.optimizer.to_dict(), params, config.total_steps)
         return cls(config, model, graph_of(model), objectives, optimizer, tokenizer, mesh)
 
     def compile_step(self, state: TrainState, batch: Any) -> tuple[Callable[..., Any], float]:
@@ -47,15 +47,15 @@ class Program:
 
         State and batch may be abstract.
         """
-        optimizer = self.config.optimizer
+        optimizer = self.config.optimizer.to_dict()
         step = make_train_step(
             self.graph,
             self.objectives,
             self.optimizer,
             seed=self.config.seed,
             rates=learning_rates(optimizer, state.params),
-            accumulate=optimizer.accumulate,
-            ema_decay=optimizer.ema_decay,
+            accumulate=optimizer["accumulate"],
+            ema_decay=optimizer["ema_decay"],
         )
         forward = make_eval_step(self.objectives)
         step_flops = flops.train_flops(

@@ -1,5 +1,6 @@
 """How a run starts: resume the workdir, else initialise from a checkpoint, else from scratch."""
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,7 @@ def start_state(
 
 def log_changes(saved: Mapping[str, Any], config: ConfigDict) -> None:
     """Say which keys of a resumed run differ from those it was started with."""
-    before, now = (_flat(x) for x in (saved, configuration.from_dict(config.to_dict()).to_dict()))
+    before, now = _flat(saved), _flat(json.loads(configuration.to_json(config)))
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             logging.warning(

@@ -62,15 +62,15 @@ def _stencils(shape: str, pattern: str, side: int) -> tuple[Image.Image, Image.I
     if pattern == "solid":
         return _reduced(whole), None
 
-    rim = 0.13 if pattern == "hollow" else 0.06
+    rim = 0.16 if pattern == "hollow" else 0.06
     ink = whole.copy()
     pen = ImageDraw.Draw(ink)
     match pattern:
         case "striped":
             for top in (0.16, 0.43, 0.70):
-                pen.rectangle((0, top * large, large, (top + 0.14) * large), fill=0)
+                pen.rectangle((0, top * large, large, (top + 0.13) * large), fill=0)
         case "dotted":
-            spacing, radius = 0.28 * large, 0.095 * large
+            spacing, radius = 0.28 * large, 0.09 * large
             for row in range(-2, 3):
                 for column in range(-2, 3):
                     x = large / 2 + (column + 0.5 * (row % 2)) * spacing

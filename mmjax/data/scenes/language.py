@@ -131,7 +131,7 @@ def count_words(text: str) -> int:
 
 def _filled(template: str, scene: Scene, rng: random.Random) -> str:
     """The template with relation words put in, and object numbers in braces for the objects."""
-    while True:
+    while True:  # with the shorter relation words every template has room
         order = rng.sample(range(len(scene.objects)), len(scene.objects))
         place = dict(zip("ABCD", order, strict=False))
         fields = {letter: f"{{{i}}}" for letter, i in place.items()}

@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from mmjax.data.scenes.language import RELATION_WORDS, noun
+from mmjax.data.scenes.language import RELATION_WORDS, noun, with_article
 from mmjax.data.scenes.world import (
     ATTRIBUTES,
     COLORS,
@@ -89,9 +89,7 @@ def _exist(kind: str, scene: Scene, answer: str, rng: random.Random) -> str | No
         ]
     if not nouns:
         return None
-    wordings = ("is there {}", "can you see {}", "does the picture show {}")
-    name = rng.choice(nouns)
-    return _worded(rng, wordings, f"{'an' if name[0] in 'aeiou' else 'a'} {name}")
+    return _worded(rng, ("is there {}", "can you see {}"), with_article(rng.choice(nouns)))
 
 
 def _count(kind: str | None, scene: Scene, answer: str, rng: random.Random) -> str | None:
@@ -112,8 +110,8 @@ def _count(kind: str | None, scene: Scene, answer: str, rng: random.Random) -> s
 _REFERENCES = {
     "color": (("shape",), ("size", "shape"), ("pattern", "shape")),
     "shape": (("color",), ("size", "color"), ("pattern", "color")),
-    "pattern": (("color", "shape"), ("shape",), ("color",)),
-    "size": (("color", "shape"), ("shape",), ("color",)),
+    "pattern": (("shape",), ("color",), ("color", "shape")),
+    "size": (("shape",), ("color",), ("color", "shape")),
 }
 _QUERIES = {
     "color": ("what color is the {}", "which color does the {} have"),
@@ -127,13 +125,22 @@ def _query(kind: str, scene: Scene, answer: str, rng: random.Random) -> str | No
     """What color (shape, pattern, size) is the object of this description?"""
     asked = [thing for thing in scene.objects if thing.is_held_out] or scene.objects
     nouns = [
-        noun(*words.values())
+        name
         for thing in asked
-        if getattr(thing, kind) == answer
-        for names in _REFERENCES[kind]
-        if len(scene.matching(**(words := {name: getattr(thing, name) for name in names}))) == 1
+        if getattr(thing, kind) == answer and (name := _only_name(thing, _REFERENCES[kind], scene))
     ]
     return _worded(rng, _QUERIES[kind], rng.choice(nouns)) if nouns else None
+
+
+def _only_name(
+    thing: SceneObject, references: tuple[tuple[str, ...], ...], scene: Scene
+) -> str | None:
+    """The first description by these attributes that fits no other object."""
+    for names in references:
+        attributes = {name: getattr(thing, name) for name in names}
+        if len(scene.matching(**attributes)) == 1:
+            return noun(*attributes.values())
+    return None
 
 
 def _compare_counts(kind: str, scene: Scene, answer: str, rng: random.Random) -> str | None:
@@ -198,26 +205,27 @@ def _only_one(relation: str, anchor: SceneObject, scene: Scene) -> SceneObject |
     return there[0] if len(there) == 1 and holds(relation, there[0], anchor) else None
 
 
-# Weighted to what a small model can learn in a minute.
+# Weighted to what a small model can learn in a minute: whether something is there, or how two things
+# compare, asks for more training than which colors there are and how many objects.
 _FORMS = (
-    _Form("exist", 7, _YES_NO, functools.partial(_exist, "color")),
-    _Form("exist", 7, _YES_NO, functools.partial(_exist, "shape")),
-    _Form("exist", 6, _YES_NO, functools.partial(_exist, "pair")),
-    _Form("count", 6, ("2", "3", "4"), functools.partial(_count, None)),
-    _Form("count", 3, ("0", "1", "2"), functools.partial(_count, "color")),
-    _Form("count", 3, ("0", "1", "2"), functools.partial(_count, "shape")),
-    _Form("count", 3, ("0", "1", "2"), functools.partial(_count, "pattern")),
-    _Form("count", 5, ("0", "1", "2", "3"), functools.partial(_count, "size")),
-    _Form("query", 16, COLORS, functools.partial(_query, "color")),
-    _Form("query", 12, SHAPES, functools.partial(_query, "shape")),
-    _Form("query", 5, PATTERNS, functools.partial(_query, "pattern")),
+    _Form("exist", 9, _YES_NO, functools.partial(_exist, "color")),
+    _Form("exist", 3, _YES_NO, functools.partial(_exist, "shape")),
+    _Form("exist", 2, _YES_NO, functools.partial(_exist, "pair")),
+    _Form("count", 14, ("2", "3", "4"), functools.partial(_count, None)),
+    _Form("count", 1, ("0", "1", "2"), functools.partial(_count, "color")),
+    _Form("count", 1, ("0", "1", "2"), functools.partial(_count, "shape")),
+    _Form("count", 1, ("0", "1", "2"), functools.partial(_count, "pattern")),
+    _Form("count", 1, ("0", "1", "2", "3"), functools.partial(_count, "size")),
+    _Form("query", 24, COLORS, functools.partial(_query, "color")),
+    _Form("query", 6, SHAPES, functools.partial(_query, "shape")),
+    _Form("query", 3, PATTERNS, functools.partial(_query, "pattern")),
     _Form("query", 3, SIZES, functools.partial(_query, "size")),
     _Form("compare", 3, _YES_NO, functools.partial(_compare_counts, "color")),
     _Form("compare", 2, _YES_NO, functools.partial(_compare_counts, "shape")),
     _Form("compare", 2, _YES_NO, _compare_sizes),
     _Form("compare", 1, _YES_NO, _compare_same),
-    _Form("relate", 8, COLORS, functools.partial(_relate, "color")),
-    _Form("relate", 8, SHAPES, functools.partial(_relate, "shape")),
+    _Form("relate", 20, COLORS, functools.partial(_relate, "color")),
+    _Form("relate", 4, SHAPES, functools.partial(_relate, "shape")),
 )
 _SCHEDULE = [form for form in _FORMS for _ in range(form.weight)]
 random.Random("schedule").shuffle(_SCHEDULE)

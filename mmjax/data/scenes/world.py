@@ -24,12 +24,12 @@ HELD_OUT: tuple[Pair, ...] = tuple(zip(COLORS, itertools.cycle(SHAPES), strict=F
 SEEN: tuple[Pair, ...] = tuple(pair for pair in PAIRS if pair not in HELD_OUT)
 
 MAX_OBJECTS = 4
-# The number of objects of consecutive scenes, over and over. Few scenes of two: there are only 780
-# sets of two pairs, and a caption about two objects is the likeliest to fit another picture too.
-OBJECT_COUNTS = (4, 3, 4, 2, 3, 4, 3)
+# The number of objects of consecutive scenes, over and over. There are only 780 sets of two pairs,
+# of which validation and test have 156 each.
+OBJECT_COUNTS = (3, 2, 3, 4, 3, 2, 3)
 
 # All lengths are fractions of the picture's side.
-_EXTENT = {"small": (0.22, 0.25), "large": (0.33, 0.37)}
+_EXTENT = {"small": (0.24, 0.28), "large": (0.36, 0.41)}
 _GAP = 0.02
 _LIGHTEST, _DARKEST = 250, 214  # background: clearly lighter than every color
 RELATION_MARGIN = 0.12
@@ -179,11 +179,11 @@ def _pair_sets(split: str, count: int, seed: int) -> list[tuple[Pair, ...]]:
     else:
         sets = list(itertools.combinations(SEEN, count))
         random.Random("splits").shuffle(sets)
-        tenth = len(sets) // 10
+        fifth = len(sets) // 5
         share = {
-            "validation": slice(0, tenth),
-            "test": slice(tenth, 2 * tenth),
-            "train": slice(2 * tenth, None),
+            "validation": slice(0, fifth),
+            "test": slice(fifth, 2 * fifth),
+            "train": slice(2 * fifth, None),
         }
         sets = sets[share[split]]
     random.Random(f"order/{split}/{seed}").shuffle(sets)

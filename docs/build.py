@@ -1,0 +1,113 @@
+"""Write the generated parts of the documents from the recorded reports in docs/results/.
+
+    python docs/build.py                                  # rewrite the marked parts
+    python docs/build.py --record=quickstart=runs/quickstart   # record a report first
+    python docs/build.py --check                          # exit 1 where a document is not up to date
+
+A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
+"""
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from mmjax.evaluation.report import format_value, read_report, sources
+
+DOCS = Path(__file__).resolve().parent
+RESULTS = DOCS / "results"
+DOCUMENTS = (DOCS.parent / "README.md", DOCS / "results.md")
+
+# What the README shows of a report: metric, what to call it, and the metric beside it.
+HEADLINES = {
+    "quickstart": [
+        ("retrieval/image_to_text/R@1", "Retrieval, image → text, R@1 of 500", "chance"),
+        ("retrieval/text_to_image/R@1", "Retrieval, text → image, R@1 of 500", "chance"),
+        ("retrieval/reranked/image_to_text/R@1", "… re-ranked by ITM, image → text", "chance"),
+        ("retrieval/reranked/text_to_image/R@1", "… re-ranked by ITM, text → image", "chance"),
+        ("itm/roc_auc", "Image-text matching, ROC-AUC", "0.5"),
+        ("vqa/accuracy", "Visual question answering, accuracy", "vqa/question_only_accuracy"),
+    ]
+}
+
+
+def record(name: str, folder: Path) -> None:
+    """Keep a report's numbers (not its examples) in docs/results/NAME.json."""
+    report = read_report(folder)
+    kept = {
+        "metrics": report["metrics"],
+        "units": report["units"],
+        "sources": [
+            {"checkpoint": source["checkpoint"], "step": source["step"]}
+            for source in sources(report)
+        ],
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps(kept, indent=1, sort_keys=True) + "\n")
+
+
+def headline_table(name: str) -> str:
+    """The few numbers that matter, with what a model that knows nothing would get."""
+    report = _recorded(name)
+    lines = ["| on held-out scenes | score | baseline |", "|---|---|---|"]
+    for metric, title, baseline in HEADLINES[name]:
+        if baseline == "chance":
+            chance = 100 / report["metrics"]["retrieval/gallery_size"]
+            beside = f"{chance:.1f} % (chance)"
+        elif baseline in report["metrics"]:
+            beside = f"{_value(report, baseline)} (trained on the questions alone)"
+        else:
+            beside = f"{baseline} (chance)"
+        lines.append(f"| {title} | {_value(report, metric)} | {beside} |")
+    return "\n".join(lines)
+
+
+def full_table(name: str) -> str:
+    """Every metric of a report."""
+    report = _recorded(name)
+    rows = [f"| `{metric}` | {_value(report, metric)} |" for metric in sorted(report["metrics"])]
+    return "\n".join(["| metric | value |", "|---|---|", *rows])
+
+
+def rebuilt(text: str) -> str:
+    """A document with its generated parts made anew."""
+    parts = {f"headline:{name}": headline_table for name in HEADLINES}
+    parts |= {f"table:{path.stem}": full_table for path in RESULTS.glob("*.json")}
+    for marker, make in parts.items():
+        pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+        body = make(marker.split(":")[1])
+        text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
+    return text
+
+
+def _recorded(name: str) -> dict[str, Any]:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def _value(report: dict[str, Any], metric: str) -> str:
+    return format_value(report["metrics"][metric], report["units"][metric])
+
+
+def main() -> int:
+    """Parse the arguments and write, or check, the documents."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--record", metavar="NAME=FOLDER", help="record this report first")
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    arguments = parser.parse_args()
+    if arguments.record:
+        name, _, folder = arguments.record.partition("=")
+        record(name, Path(folder))
+    stale = [path for path in DOCUMENTS if rebuilt(path.read_text()) != path.read_text()]
+    for path in stale:
+        if not arguments.check:
+            path.write_text(rebuilt(path.read_text()))
+        print(f"{path.relative_to(DOCS.parent)}: {'stale' if arguments.check else 'rewritten'}")
+    return 1 if stale and arguments.check else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

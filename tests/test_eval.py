@@ -1,0 +1,100 @@
+"""The scoring program, as a user runs it."""
+
+import json
+
+import numpy as np
+import pytest
+
+import eval as scoring
+import train
+from mmjax.errors import InputError
+
+
+def config_of(name):
+    import importlib
+
+    config = importlib.import_module(f"configs.evaluate.{name}").get_config()
+    config.batch_size = 8
+    config.data.update(split="test", size=20)
+    return config.lock()
+
+
+@pytest.fixture
+def pretrained(tiny_config, tmp_path):
+    tiny_config.total_steps = 1
+    train.train(tiny_config, tmp_path / "pretrain")
+    return tmp_path / "pretrain"
+
+
+def test_captions_are_scored_both_ways(pretrained, tmp_path):
+    config = config_of("retrieval")
+    config.retrieval.update(rerank=5, examples=3)
+    config.matching.examples = 4
+    metrics = scoring.evaluate(config, str(pretrained), tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["metrics"] == metrics
+    assert set(report["units"]) == set(metrics)
+    for direction in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            assert 0 <= metrics[f"retrieval/{direction}/R@{k}"] <= 100
+            assert report["units"][f"retrieval/reranked/{direction}/R@{k}"] == "percent"
+        assert metrics[f"retrieval/median_rank/{direction}"] >= 1
+    assert metrics["retrieval/gallery_size"] == 20
+    assert metrics["retrieval/captions"] == 100
+    assert 0 <= metrics["itm/roc_auc"] <= 1
+    assert metrics["itm/pairs"] == 200
+    assert report["step"] == 1
+    examples = report["examples"]
+    assert len(examples["retrieval"]) == 3
+    assert len(examples["matching"]) == len(examples["attention"]) == 4
+    for example in examples["attention"]:
+        maps = np.array(example["maps"])
+        assert maps.shape == (len(example["tokens"]), 2, 2)
+        assert (maps.sum(axis=(1, 2)) <= 1 + 1e-4).all()
+        assert (tmp_path / "out" / example["picture"]).exists()
+
+
+def test_the_same_scores_whatever_the_batch_size(pretrained, tmp_path):
+    config = config_of("retrieval")
+    small = scoring.evaluate(config, str(pretrained), tmp_path / "a")
+    config.batch_size = 24
+    large = scoring.evaluate(config, str(pretrained), tmp_path / "b")
+    assert small.keys() == large.keys()
+    for name, value in small.items():
+        assert large[name] == pytest.approx(value, abs=1e-4), name
+
+
+def test_questions_are_scored_beside_a_blind_model(tiny_config, tmp_path):
+    for objective in tiny_config.objectives.values():
+        objective.weight = 0.0
+    tiny_config.objectives.answering.weight = 1.0
+    tiny_config.data.task = "questions"
+    tiny_config.total_steps = 1
+    train.train(tiny_config, tmp_path / "seeing")
+    tiny_config.question_only = True
+    train.train(tiny_config, tmp_path / "blind")
+    config = config_of("vqa")
+    config.vqa.question_only = str(tmp_path / "blind")
+    config.vqa.examples = 5
+    metrics = scoring.evaluate(config, str(tmp_path / "seeing"), tmp_path / "out")
+    assert metrics["vqa/questions"] == 20
+    assert {"vqa/accuracy", "vqa/question_only_accuracy", "vqa/accuracy/count"} < metrics.keys()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["units"]["vqa/accuracy"] == "percent"
+    assert len(report["examples"]["vqa"]) == 5
+    assert {"predicted", "question_only", "correct"} < report["examples"]["vqa"][0].keys()
+
+
+def test_what_cannot_be_scored_is_refused(pretrained, tmp_path):
+    config = config_of("retrieval")
+    with pytest.raises(InputError, match="No checkpoint at"):
+        scoring.evaluate(config, str(tmp_path / "nowhere"), tmp_path / "out")
+    config.vqa.run = True
+    with pytest.raises(InputError, match="merge the reports"):
+        scoring.evaluate(config, str(pretrained), tmp_path / "out")
+    config.retrieval.run = config.matching.run = False
+    with pytest.raises(InputError, match="no answering head"):
+        scoring.evaluate(config, str(pretrained), tmp_path / "out")
+    config.vqa.run = False
+    with pytest.raises(InputError, match="asks for no evaluation"):
+        scoring.evaluate(config, str(pretrained), tmp_path / "out")

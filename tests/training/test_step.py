@@ -1,0 +1,242 @@
+"""The training step: what it computes does not depend on the mesh, the slices or the run."""
+
+import re
+from contextlib import contextmanager
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType
+
+from mmjax.errors import InputError
+from mmjax.objectives import Objective
+from mmjax.objectives.answering import answering
+from mmjax.objectives.contrastive import contrastive
+from mmjax.objectives.masked_language import masked_language
+from mmjax.objectives.matching import matching
+from mmjax.rules import leaf_paths
+from mmjax.sharding import make_mesh, to_device, tree_shardings
+from mmjax.training.optimizer import learning_rates, make_optimizer
+from mmjax.training.state import graph_of, init_params, init_state, state_from_params
+from mmjax.training.step import compile_train_step, make_train_step
+from tests.models.reference import assert_close, random_params, tiny_batch, tiny_model
+
+MODEL = tiny_model()
+ANSWERING = tiny_model(answers=("yes", "no", "red", "two"))
+ROWS = 56  # 3 × 56, 56 / 8 and 56 / 4 are no other size of the model: shapes tell what they are
+
+CONTRASTIVE = Objective("contrastive", 1.0, contrastive, True)
+MATCHING = Objective("matching", 0.5, matching, True)
+MASKED_LANGUAGE = Objective(
+    "masked_language",
+    1.0,
+    partial(masked_language, rate=0.3, mask_id=3, special_ids=(0, 1, 2, 3)),
+    False,
+)
+ANSWERS = Objective("answering", 1.0, answering, False)
+PRETRAINING = (CONTRASTIVE, MATCHING, MASKED_LANGUAGE)
+
+
+def recording_sgd(rate=0.02, momentum=0.9):
+    """SGD whose state begins with the last gradient, for the tests to look at."""
+    record = optax.GradientTransformation(
+        lambda params: jax.tree.map(jnp.zeros_like, params), lambda g, state, params=None: (g, g)
+    )
+    return optax.chain(record, optax.sgd(rate, momentum))
+
+
+def one_device():
+    return jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
+
+
+def params_of(model, seed=0):
+    return random_params(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), seed)
+
+
+class Run:
+    """A compiled step on a mesh, from fixed parameters."""
+
+    def __init__(
+        self,
+        mesh,
+        *,
+        model=MODEL,
+        objectives=PRETRAINING,
+        optimizer=None,
+        ema_decay=0.0,
+        rates=None,
+        accumulate=1,
+    ):
+        self.mesh, params = mesh, params_of(model)
+        optimizer = optimizer or recording_sgd()
+        step = make_train_step(
+            graph_of(model),
+            objectives,
+            optimizer,
+            seed=7,
+            rates=jax.tree.map(lambda _: 1.0, params) if rates is None else rates,
+            accumulate=accumulate,
+            ema_decay=ema_decay,
+        )
+        with jax.set_mesh(mesh):
+            self.start = state_from_params(params, optimizer, mesh, ema=ema_decay > 0)
+            jitted = compile_train_step(step, self.start, mesh)
+            lowered = jitted.lower(self.start, to_device(tiny_batch(model, ROWS), mesh))
+            # The tests' programs run for milliseconds and compile for seconds.
+            self.compiled = lowered.compile({"xla_backend_optimization_level": "0"})
+        self.model = model
+
+    def steps(self, count):
+        """[(state, metrics)] of the first steps, each on its own batch, on the host."""
+        state, seen = jax.tree.map(jnp.copy, self.start), []
+        with jax.set_mesh(self.mesh):
+            for number in range(count):
+                batch = to_device(tiny_batch(self.model, ROWS, seed=number), self.mesh)
+                state, metrics = self.compiled(state, batch)
+                seen.append(jax.device_get((state, metrics)))
+        self.last = state
+        return seen
+
+
+@pytest.fixture(scope="module")
+def alone():
+    run = Run(one_device(), ema_decay=0.75)
+    return run, run.steps(3)
+
+
+@contextmanager
+def compiled_afresh():
+    """Without the compilation cache: a program that comes from it brings no compiler's warnings."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # it remembers whether it was enabled
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
+    ids=["data8", "data4_fsdp2", "data2_fsdp2_tensor2"],
+)
+def test_eight_devices_compute_what_one_does(axes, alone, capfd):
+    with compiled_afresh():
+        run = Run(make_mesh(**axes), ema_decay=0.75)
+    assert "Involuntary full rematerialization" not in capfd.readouterr().err
+    for (state, metrics), (expected, expected_metrics) in zip(run.steps(3), alone[1], strict=True):
+        assert_close(metrics, expected_metrics)
+        assert_close(state.opt_state[0], expected.opt_state[0], 2e-5)  # gradients
+        assert_close(state.params, expected.params)
+        assert_close(state.ema, expected.ema)
+    _assert_laid_out_by_the_rules(run)
+    _assert_activations_are_split(run)
+
+
+def _assert_laid_out_by_the_rules(run):
+    layout = tree_shardings(run.start, run.mesh)
+    pairs = zip(jax.tree.leaves(run.last), jax.tree.leaves(layout), strict=True)
+    assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf, sharding in pairs)
+    up = run.last.params["image"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
+    ways = run.mesh.shape
+    assert up.shape == (2, 32, 64)
+    assert up.addressable_shards[0].data.shape == (2, 32 // ways["fsdp"], 64 // ways["tensor"])
+
+
+def _assert_activations_are_split(run):
+    """No device computes the hidden units, heads or words of the whole batch."""
+    shapes = set(re.findall(r"f32\[([\d,]+)\]", run.compiled.as_text()))
+    whole = {s for s in shapes if re.fullmatch(rf"({ROWS}|{3 * ROWS}),(10|11),(32|64|40|4,\d+)", s)}
+    # Hard negatives are drawn from everywhere, so the tokens to fuse are gathered: nothing more.
+    assert whole <= {f"{ROWS},10,32", f"{ROWS},11,32"}
+
+
+def test_the_step_is_a_pure_function_of_state_and_batch(alone):
+    run, first = alone
+    again = run.steps(3)
+    jax.tree.map(np.testing.assert_array_equal, again, first)
+    assert [int(state.step) for state, _ in first] == [1, 2, 3]
+
+
+def test_metrics_and_average(alone):
+    run, seen = alone
+    ema = jax.device_get(run.start.params)
+    for state, metrics in seen:
+        ema = jax.tree.map(lambda old, new: 0.75 * old + 0.25 * new, ema, state.params)
+        assert_close(state.ema, ema, 1e-6)
+        gradients = jax.tree.leaves(state.opt_state[0])
+        norm = np.sqrt(sum(np.square(g).sum() for g in gradients))
+        np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
+        weighted_sum = sum(o.weight * metrics[f"{o.name}/loss"] for o in PRETRAINING)
+        np.testing.assert_allclose(metrics["loss"], weighted_sum, rtol=1e-6)
+        assert metrics["bad_records"] == 0
+    # (momentum 0.9 from rest: the first update is the gradient itself)
+    first = jax.tree.map(lambda p, g: p - 0.02 * g, run.start.params, seen[0][0].opt_state[0])
+    assert_close(seen[0][0].params, first, 1e-6)
+
+
+def test_slices_add_up_to_the_whole_batch():
+    """Also where the slices are walked by eight devices and the whole batch by one."""
+    runs = [
+        Run(mesh, model=ANSWERING, objectives=(MASKED_LANGUAGE, ANSWERS), accumulate=accumulate)
+        for mesh, accumulate in ((one_device(), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2))
+    ]
+    (whole, whole_metrics), (sliced, sliced_metrics) = (run.steps(2)[-1] for run in runs)
+    assert_close(sliced_metrics, whole_metrics)
+    assert_close(sliced.opt_state[0], whole.opt_state[0])
+    assert_close(sliced.params, whole.params)
+
+
+def test_slices_are_refused_where_examples_are_compared():
+    rates = jax.tree.map(lambda _: 1.0, params_of(MODEL))
+    with pytest.raises(InputError, match=r"contrastive and matching .* fewer negatives"):
+        make_train_step(
+            graph_of(MODEL), PRETRAINING, optax.sgd(1), seed=0, rates=rates, accumulate=4
+        )
+
+
+def test_frozen_parameters_stay_and_have_no_moments():
+    config = {
+        "name": "adamw", "learning_rate": 0.01, "b1": 0.9, "b2": 0.99, "epsilon": 1e-8,
+        "weight_decay": 0.1, "clip_norm": 1.0, "rates": (("image/.*", 0.0),), "decays": (),
+        "bounds": (),
+        "schedule": {"kind": "constant", "warmup_steps": 0, "cooldown_steps": 0, "end_fraction": 0},
+    }  # fmt: skip
+    params = params_of(MODEL)
+    optimizer = make_optimizer(config, params, total_steps=10)
+    rates = learning_rates(config, params)
+    run = Run(one_device(), objectives=(CONTRASTIVE,), optimizer=optimizer, rates=rates)
+    state, _ = run.steps(2)[-1]
+    jax.tree.map(np.testing.assert_array_equal, state.params["image"], params["image"])
+    assert not [path for path in leaf_paths(state.opt_state) if "/image/" in path]
+    assert [path for path in leaf_paths(state.opt_state) if "/text/" in path]
+    for path, before, after in zip(
+        leaf_paths(params["text"]),
+        jax.tree.leaves(params["text"]),
+        jax.tree.leaves(state.params["text"]),
+        strict=True,
+    ):
+        assert np.abs(after - before).max() > 1e-3, path
+
+
+def test_a_state_is_born_sharded_and_depends_on_the_seed_alone():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    eight, one = (
+        init_state(MODEL, optax.adam(1e-3), m, seed=3, ema=True) for m in (mesh, one_device())
+    )
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(eight), jax.device_get(one))
+    table = eight.params["text"]["token_embedding"]["embedding"]
+    moments = eight.opt_state[0].mu["text"]["token_embedding"]["embedding"]
+    average = eight.ema["text"]["token_embedding"]["embedding"]
+    for array in (table, moments, average):
+        assert array.addressable_shards[0].data.shape == (40 // 2, 32 // 2)
+    kernel = eight.params["text"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
+    assert not np.array_equal(kernel[0], kernel[1])  # layers differ
