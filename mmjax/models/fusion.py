@@ -163,7 +163,7 @@ class CoAttention(nnx.Module):
         return self.blocks.run(call, self._enter(image, text))[1]
 
     def _enter(self, image: Encoded, text: Encoded):
-        image_tokens, text_tokens = image.tokens, text.tokens
+        image_tokens, text_tokens = jnp.asarray(image.tokens), jnp.asarray(text.tokens)
         if self.image_projection is not None and self.text_projection is not None:
             image_tokens = self.image_projection(image_tokens)
             text_tokens = self.text_projection(text_tokens)
@@ -174,4 +174,4 @@ class CoAttention(nnx.Module):
 
 
 def _key_mask(encoded: Encoded) -> Bool[Array, "batch 1 length"] | None:
-    return None if encoded.mask is None else encoded.mask[:, None, :]
+    return None if encoded.mask is None else jnp.asarray(encoded.mask)[:, None, :]

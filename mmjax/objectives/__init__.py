@@ -8,19 +8,28 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import jax
-from jaxtyping import Array, Key
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
 
 from mmjax.data.tokenizer import TextTokenizer
-from mmjax.errors import InputError
+from mmjax.errors import InputError, near_misses
 from mmjax.models import ModelConfig, VisionLanguageModel
 from mmjax.objectives.answering import answering
 from mmjax.objectives.contrastive import contrastive
 from mmjax.objectives.loss import Features, Loss, purpose_key
 from mmjax.objectives.masked_language import masked_language
-from mmjax.objectives.matching import matching
+from mmjax.objectives.matching import NEGATIVES, matching
 
 __all__ = ["Features", "Loss", "Objective", "build_objectives", "compute_losses", "total_loss"]
+
+# By name: the function, the field of ModelConfig that gives its head, and whether it compares the
+# examples of a batch with each other, so that splitting the batch would change the loss.
+KINDS: dict[str, tuple[Callable[..., Loss], str, bool]] = {
+    "contrastive": (contrastive, "embedding_width", True),
+    "matching": (matching, "matching", True),
+    "masked_language": (masked_language, "masked_language", False),
+    "answering": (answering, "answers", False),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +39,7 @@ class Objective:
     name: str
     weight: float
     function: Callable[..., Loss]
-    whole_batch: bool  # compares the examples of a batch, so that splitting it changes the loss
+    whole_batch: bool
 
 
 def build_objectives(
@@ -42,35 +51,28 @@ def build_objectives(
     """
     objectives = []
     for name, options in config.items():
-        if options["weight"] <= 0:
+        arguments = dict(options)
+        weight = arguments.pop("weight")
+        if weight <= 0:
             continue
-        if name == "contrastive":
-            _need(model.embedding_width, name, "model.embedding_width")
-            function, whole_batch = contrastive, True
-        elif name == "matching":
-            _need(model.matching, name, "model.matching")
-            if options["negatives"] not in ("hard", "random"):
+        function, head, whole_batch = KINDS[name]
+        needed = [head]
+        if name == "matching":
+            if (negatives := arguments["negatives"]) not in NEGATIVES:
                 raise InputError(
-                    f"objectives.matching.negatives is {options['negatives']!r}; "
-                    "it is 'hard' or 'random'."
+                    f"objectives.matching.negatives is {negatives!r}."
+                    + near_misses(negatives, NEGATIVES)
                 )
-            if options["negatives"] == "hard":
-                _need(model.embedding_width, "matching (hard negatives)", "model.embedding_width")
-            function = partial(matching, negatives=options["negatives"])
-            whole_batch = True
-        elif name == "masked_language":
-            _need(model.masked_language, name, "model.masked_language")
-            function = partial(
-                masked_language,
-                rate=options["rate"],
-                mask_id=tokenizer.mask_id,
-                special_ids=tuple(tokenizer.special_ids),
-            )
-            whole_batch = False
-        else:
-            _need(model.answers, name, "model.answers (the data's answer list)")
-            function, whole_batch = answering, False
-        objectives.append(Objective(name, options["weight"], function, whole_batch))
+            # Hard negatives are drawn by the contrastive similarities.
+            needed += ["embedding_width"] if negatives == "hard" else []
+        if name == "masked_language":
+            arguments |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
+        for field in needed:
+            if not getattr(model, field):
+                raise InputError(
+                    f"objectives.{name} needs a head that the model lacks: set model.{field}."
+                )
+        objectives.append(Objective(name, weight, partial(function, **arguments), whole_batch))
     if not objectives:
         raise InputError("every weight in config.objectives is 0: there is nothing to train.")
     return tuple(objectives)
@@ -91,19 +93,14 @@ def compute_losses(
     }
 
 
-def _need(head: Any, objective: str, key: str) -> None:
-    if not head:
-        raise InputError(f"objective {objective} needs a head that the model lacks: set {key}.")
-
-
 def total_loss(
-    objectives: tuple[Objective, ...], losses: Mapping[str, Loss], weights: Mapping[str, jax.Array]
-) -> jax.Array:
-    """The weighted sum of the objectives' means, each sum divided by its global weight."""
-    return sum(
-        (
-            objective.weight * losses[objective.name].total / weights[objective.name]
-            for objective in objectives
-        ),
-        start=jax.numpy.zeros(()),
-    )
+    objectives: tuple[Objective, ...],
+    losses: Mapping[str, Loss],
+    weights: Mapping[str, Float[Array, ""]],
+) -> Float[Array, ""]:
+    """The weighted sum of the objectives' means: each sum over its weight in the whole batch."""
+    terms = [
+        objective.weight * losses[objective.name].total / weights[objective.name]
+        for objective in objectives
+    ]
+    return jnp.stack(terms).sum()

@@ -8,6 +8,8 @@ from mmjax.models import Encoded
 from mmjax.objectives.contrastive import same_image
 from mmjax.objectives.loss import Features, Loss, purpose_key, weighted
 
+NEGATIVES = ("hard", "random")
+
 
 def pair_gumbel(
     key: Key[Array, ""], rows: Int[Array, " queries"], columns: Int[Array, " candidates"]

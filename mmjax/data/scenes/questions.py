@@ -205,8 +205,8 @@ def _only_one(relation: str, anchor: SceneObject, scene: Scene) -> SceneObject |
     return there[0] if len(there) == 1 and holds(relation, there[0], anchor) else None
 
 
-# Weighted to what a small model can learn in a minute: whether something is there, or how two things
-# compare, asks for more training than which colors there are and how many objects.
+# Weighted to what a small model can learn in a minute: which colors there are and how many objects.
+# Whether something is there, or how two things compare, takes it far longer.
 _FORMS = (
     _Form("exist", 9, _YES_NO, functools.partial(_exist, "color")),
     _Form("exist", 3, _YES_NO, functools.partial(_exist, "shape")),
