@@ -45,7 +45,7 @@ from mmjax.training.step import make_eval_step
 def train(config: ConfigDict, workdir: Path) -> None:
     """Run a recipe to its last step, from wherever the workdir is."""
     mesh = make_mesh(**config.mesh)
-    check_batch_size(config.batch_size, mesh)
+    check_batch_size(config.batch_size, mesh, accumulate=config.optimizer.accumulate)
     source = load_source(config.data.to_dict())
     with (
         jax.set_mesh(mesh),

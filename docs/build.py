@@ -2,7 +2,7 @@
 
     python docs/build.py                                  # rewrite the marked parts
     python docs/build.py --record=quickstart=runs/quickstart   # record a report first
-    python docs/build.py --check                          # exit 1 where a document is not up to date
+    python docs/build.py --check                          # exit 1 where a document is stale
 
 A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """

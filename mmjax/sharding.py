@@ -53,13 +53,17 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     )
 
 
-def check_batch_size(batch_size: int, mesh: Mesh, *, key: str = "batch_size") -> None:
-    """Refuse a global batch that the batch axes do not divide."""
-    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
+def check_batch_size(
+    batch_size: int, mesh: Mesh, *, accumulate: int = 1, key: str = "batch_size"
+) -> None:
+    """Refuse a global batch that the batch axes (and slices of accumulation) do not divide."""
+    ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])) * accumulate
     if batch_size < 1 or batch_size % ways:
         lower, upper = batch_size // ways * ways, -(-batch_size // ways) * ways
+        slices = f" × optimizer.accumulate = {accumulate} slices" if accumulate > 1 else ""
         raise InputError(
-            f"{key} = {batch_size} does not split over mesh.data × mesh.fsdp = {ways} devices; "
+            f"{key} = {batch_size} does not split over mesh.data × mesh.fsdp = "
+            f"{ways // accumulate} devices{slices}; "
             f"take {f'{lower} or {upper}' if lower else max(upper, ways)}."
         )
 

@@ -83,10 +83,13 @@ def compute_losses(
     model: VisionLanguageModel,
     batch: Mapping[str, Array],
     key: Key[Array, ""],
-    train: bool = True,
+    dropout_key: Key[Array, ""] | None = None,
 ) -> dict[str, Loss]:
-    """Every objective's loss on one batch, encodings shared. `train=False`: no dropout."""
-    features = Features(model, batch, key if train else None)
+    """Every objective's loss on one batch, encodings shared.
+
+    `key` draws masks and negatives, by example; `dropout_key` dropout (None: evaluation).
+    """
+    features = Features(model, batch, dropout_key)
     return {
         objective.name: objective.function(features, purpose_key(key, objective.name))
         for objective in objectives

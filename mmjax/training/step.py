@@ -13,7 +13,7 @@ from jaxtyping import Array
 from mmjax.errors import InputError
 from mmjax.models import VisionLanguageModel
 from mmjax.objectives import Loss, Objective, compute_losses, total_loss
-from mmjax.objectives.loss import Sum
+from mmjax.objectives.loss import Sum, purpose_key
 from mmjax.sharding import batch_sharding, constrain_batch, replicated
 from mmjax.training.state import Parameters, TrainState
 
@@ -47,19 +47,22 @@ def make_train_step(
         )
     frozen = jax.tree.map(lambda rate: rate == 0, rates)
 
-    def losses_of(params: Parameters, batch: Batch, key: jax.Array) -> dict[str, Loss]:
+    def losses_of(
+        params: Parameters, batch: Batch, key: jax.Array, slice_number: jax.Array
+    ) -> dict[str, Loss]:
         params = jax.tree.map(
             lambda leaf, is_frozen: jax.lax.stop_gradient(leaf) if is_frozen else leaf,
             params,
             frozen,
         )
-        return compute_losses(objectives, nnx.merge(graph, params), batch, key)
+        dropout_key = jax.random.fold_in(purpose_key(key, "dropout"), slice_number)
+        return compute_losses(objectives, nnx.merge(graph, params), batch, key, dropout_key)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         batch = jax.tree.map(constrain_batch, dict(batch))
         gradients, loss, sums = _gradients(
-            lambda params, slice_: losses_of(params, slice_, key),
+            lambda params, slice_, number: losses_of(params, slice_, key, number),
             objectives,
             state.params,
             batch,
@@ -72,8 +75,8 @@ def make_train_step(
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradients),
-            "parameter_norm": optax.global_norm(params),
+            "gradient_norm": optax.tree.norm(gradients),
+            "parameter_norm": optax.tree.norm(params),
             "bad_records": batch["substituted"].sum(),
             **{name: total / jnp.maximum(weight, 1e-9) for name, (total, weight) in sums.items()},
         }
@@ -92,7 +95,7 @@ def make_eval_step(
 
     def eval_step(model: VisionLanguageModel, batch: Batch) -> dict[str, Sum]:
         batch = jax.tree.map(constrain_batch, dict(batch))
-        return metric_sums(compute_losses(objectives, model, batch, jax.random.key(0), train=False))
+        return metric_sums(compute_losses(objectives, model, batch, jax.random.key(0)))
 
     return eval_step
 
@@ -113,44 +116,42 @@ def compile_train_step(
 
 
 def _gradients(
-    losses_of: Callable[[Parameters, Batch], dict[str, Loss]],
+    losses_of: Callable[[Parameters, Batch, jax.Array], dict[str, Loss]],
     objectives: tuple[Objective, ...],
     params: Parameters,
     batch: Batch,
     accumulate: int,
 ) -> tuple[Parameters, jax.Array, dict[str, Sum]]:
-    """Gradients of the whole batch's loss, the loss, and the sums of every metric."""
+    """Gradients of the whole batch's loss, the loss, and the sums of every metric.
 
-    def loss_of(params, slice_, weights):
-        losses = losses_of(params, slice_)
-        if weights is None:
-            weights = _weights(losses)
-        return total_loss(objectives, losses, weights), metric_sums(losses)
+    `losses_of(params, slice of the batch, number of the slice)`.
+    """
+
+    def loss_of(params, slice_, number, weights):
+        losses = losses_of(params, slice_, number)
+        return total_loss(objectives, losses, weights or _weights(losses)), metric_sums(losses)
 
     value_and_grad = jax.value_and_grad(loss_of, has_aux=True)
     if accumulate == 1:
-        (loss, sums), gradients = value_and_grad(params, batch, None)
+        (loss, sums), gradients = value_and_grad(params, batch, 0, None)
         return gradients, loss, sums
 
     # Interleaved slices, so that every device keeps its own rows in each of them.
     slices = jax.tree.map(
         lambda x: jnp.swapaxes(x.reshape(-1, accumulate, *x.shape[1:]), 0, 1), batch
     )
+    walk = (slices, jnp.arange(accumulate))
     # Each sum is divided by its weight over the whole batch, so the weights come first. They do not
     # depend on the model: the compiler drops everything else from this walk.
-    weights = jax.tree.map(
-        lambda x: x.sum(axis=0), jax.lax.map(lambda s: _weights(losses_of(params, s)), slices)
-    )
+    weights_of_slices = jax.lax.map(lambda part: _weights(losses_of(params, *part)), walk)
+    weights = jax.tree.map(lambda x: x.sum(axis=0), weights_of_slices)
 
-    def add(carry, slice_):
-        (loss, sums), gradients = value_and_grad(params, slice_, weights)
-        # (a metric that is no sum over examples, as the scale, averages: its weights add up too)
+    def add(carry, part):
+        (loss, sums), gradients = value_and_grad(params, *part, weights)
         return jax.tree.map(jnp.add, carry, (gradients, loss, sums)), None
 
-    first, rest = (
-        jax.tree.map(lambda x, part=part: x[part], slices) for part in (0, slice(1, None))
-    )
-    (loss, sums), gradients = value_and_grad(params, first, weights)
+    first, rest = (jax.tree.map(lambda x, p=p: x[p], walk) for p in (0, slice(1, None)))
+    (loss, sums), gradients = value_and_grad(params, *first, weights)
     (gradients, loss, sums), _ = jax.lax.scan(add, (gradients, loss, sums), rest)
     return gradients, loss, sums
 

@@ -1,0 +1,157 @@
+"""Masked language modelling."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.models import Encoded
+from mmjax.objectives.loss import Features, example_keys
+from mmjax.objectives.masked_language import mask_tokens, masked_language, word_loss
+
+WORDS, MASK, SPECIAL = 50, 4, (0, 1, 2, 3, 4)  # [PAD] [UNK] [CLS] [SEP] [MASK]
+
+
+def texts(rows, length=20, seed=0):
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(5, length + 1, rows)
+    mask = np.arange(length) < lengths[:, None]
+    text = rng.integers(5, WORDS, (rows, length))
+    text[:, 0] = 2
+    text[np.arange(rows), lengths - 1] = 3
+    text[:, 2] = np.where(rng.random(rows) < 0.5, 1, text[:, 2])
+    return np.where(mask, text, 0).astype(np.int32), mask
+
+
+def corrupt(text, maskable, key=0, index=None, rate=0.15):
+    index = np.arange(len(text)) if index is None else index
+    keys = example_keys(jax.random.key(key), jnp.asarray(index))
+    out = jax.jit(
+        lambda text, maskable: mask_tokens(
+            text, maskable, keys, rate=rate, mask_id=MASK, vocabulary_size=WORDS
+        )
+    )(jnp.asarray(text), jnp.asarray(maskable))
+    return [np.asarray(x) for x in out]
+
+
+def test_fifteen_percent_at_eighty_ten_ten():
+    text, mask = texts(8000)
+    maskable = mask & ~np.isin(text, SPECIAL)
+    masked, chosen = corrupt(text, maskable)
+    assert not chosen[~maskable].any()
+    np.testing.assert_array_equal(masked[~chosen], text[~chosen])
+
+    def share(found, count, p):
+        """Within five standard deviations of the binomial."""
+        assert abs(found / count - p) < 5 * np.sqrt(p * (1 - p) / count), (found / count, p)
+
+    count = chosen.sum()
+    share(count, maskable.sum(), 0.15)
+    share((masked[chosen] == MASK).sum(), count, 0.8 + 0.1 / WORDS)
+    share((masked[chosen] == text[chosen]).sum(), count, 0.1 + 0.1 / WORDS)
+    other = chosen & (masked != MASK) & (masked != text)
+    words = np.bincount(masked[other], minlength=WORDS)
+    assert words[np.arange(WORDS) != MASK].min() > 0  # every word of the vocabulary
+    # No position is favoured, and neighbours are chosen independently.
+    by_position = chosen[:, 3:].sum(axis=0) / np.maximum(maskable[:, 3:].sum(axis=0), 1)
+    assert np.abs(by_position - 0.15).max() < 0.05
+    both = maskable[:, 3:-1] & maskable[:, 4:]
+    share((chosen[:, 3:-1] & chosen[:, 4:])[both].sum(), both.sum(), 0.15**2)
+
+
+@pytest.mark.parametrize(("rate", "expected"), [(0.0, 0.0), (1.0, 1.0)])
+def test_the_rate_is_the_rate(rate, expected):
+    text, mask = texts(10)
+    _, chosen = corrupt(text, mask, rate=rate)
+    assert chosen[mask].mean() == expected
+
+
+def test_masks_belong_to_examples_not_to_rows():
+    text, mask = texts(30)
+    index = np.random.default_rng(5).permutation(10_000)[:30]
+    order = np.random.default_rng(6).permutation(30)
+    masked, chosen = corrupt(text, mask, index=index)
+    again, chosen_again = corrupt(text[order], mask[order], index=index[order])
+    np.testing.assert_array_equal(again, masked[order])
+    np.testing.assert_array_equal(chosen_again, chosen[order])
+    other, _ = corrupt(text, mask, key=1, index=index)
+    assert (other != masked).any()
+    same_text = np.repeat(text[:1], 30, axis=0)
+    _, chosen = corrupt(same_text, np.ones_like(mask), index=index)
+    assert len(np.unique(chosen, axis=0)) > 20
+
+
+def run(text, mask, valid, logits, key=0):
+    """The objective, with a model that answers `logits` and records the text that it saw."""
+    seen = {}
+    encoded = Encoded(tokens=jnp.zeros((*text.shape, 1)), mask=None, pooled=jnp.zeros((1, 1)))
+
+    def encode_text(text, mask, key):
+        seen["text"] = np.asarray(text)
+        return encoded
+
+    features = object.__new__(Features)
+    features.key = None
+    features.__dict__["image"] = encoded
+    features.model = SimpleNamespace(
+        config=SimpleNamespace(text=SimpleNamespace(vocabulary_size=WORDS)),
+        text=None,
+        encode_text=encode_text,
+        fuse=lambda image, text, key: SimpleNamespace(text_tokens=text.tokens),
+        masked_language=lambda tokens, encoder: jnp.asarray(logits),
+    )
+    features.batch = {
+        "text": jnp.asarray(text),
+        "text_mask": jnp.asarray(mask),
+        "valid": jnp.asarray(valid),
+        "index": jnp.arange(len(text)),
+    }
+    loss = masked_language(
+        features, jax.random.key(key), rate=0.5, mask_id=MASK, special_ids=SPECIAL
+    )
+    return loss, seen["text"]
+
+
+@pytest.mark.parametrize(("rows", "length"), [(6, 20), (3, 9)])
+def test_agrees_with_plain_cross_entropy(rows, length):
+    text, mask = texts(rows, length)
+    valid = np.arange(rows) != 1
+    logits = np.random.default_rng(0).normal(size=(rows, length, WORDS)).astype(np.float32)
+    loss, seen = run(text, mask, valid, logits)
+    maskable = mask & ~np.isin(text, SPECIAL) & valid[:, None]
+    np.testing.assert_array_equal(seen[~maskable], text[~maskable])
+    # Which ones were chosen, told by a model that is certain of the right word everywhere.
+    keys = example_keys(jax.random.key(0), jnp.arange(rows))
+    _, chosen = mask_tokens(
+        jnp.asarray(text), jnp.asarray(maskable), keys, rate=0.5, mask_id=MASK,
+        vocabulary_size=WORDS,
+    )  # fmt: skip
+    chosen = np.asarray(chosen)
+    assert chosen[seen != text].all()
+    x = logits.astype(np.float64)
+    log_p = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+    expected = -sum(log_p[b, i, text[b, i]] for b, i in np.argwhere(chosen))
+    np.testing.assert_allclose(loss.total, expected, rtol=1e-5)
+    assert loss.weight == chosen.sum() > 0
+    hits, weight = loss.metrics["masked_language/accuracy"]
+    best = x.argmax(axis=-1) == text
+    np.testing.assert_allclose(hits / weight, best[chosen].mean())
+
+
+def test_a_batch_without_words_costs_nothing():
+    text, mask = texts(3)
+    loss, _ = run(text, mask, np.zeros(3, bool), np.zeros((*text.shape, WORDS), np.float32))
+    assert loss.total == 0
+    assert loss.weight == 0
+
+
+def test_the_gradient_is_probability_less_target():
+    rng = np.random.default_rng(0)
+    logits = jnp.asarray(rng.normal(size=(2, 3, 7)), jnp.float32)
+    text = jnp.asarray(rng.integers(0, 7, (2, 3)))
+    gradient = jax.grad(lambda x: word_loss(x, text).sum())(logits)
+    expected = jax.nn.softmax(logits) - jax.nn.one_hot(text, 7)
+    np.testing.assert_allclose(gradient, expected, atol=1e-6)
+    assert word_loss(logits.astype(jnp.bfloat16), text).dtype == jnp.float32

@@ -1,0 +1,186 @@
+"""Image-text matching and its hard negatives."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.models import Encoded
+from mmjax.objectives.loss import Features
+from mmjax.objectives.matching import matching, matching_loss, pair_gumbel, sample_negatives
+
+ROWS = 7
+IMAGE_ID = np.array([5, 5, 1, 2, 5, 2, 9])
+VALID = np.array([True, True, True, False, True, True, True])
+INDEX = np.array([40, 41, 10, 20, 42, 21, 90])
+
+
+def features(image_id=IMAGE_ID, valid=VALID, index=INDEX, scores=None, logits=None, order=None):
+    """A batch whose pictures and texts are their row numbers, and a model that records the pairs.
+
+    `scores` are the logits of pair (number, number); the matching head answers `logits`, or
+    what it is asked about: (picture's number, text's number).
+    """
+    order = np.arange(len(image_id)) if order is None else order
+    number = jnp.asarray(order, jnp.float32)[:, None]
+    encoded = Encoded(tokens=number[:, None], mask=None, pooled=number)
+    scores = jnp.zeros((len(image_id),) * 2) if scores is None else jnp.asarray(scores)
+
+    def fuse(image, text, key):
+        return SimpleNamespace(pooled=jnp.concatenate([image.pooled, text.pooled], axis=1))
+
+    given = object.__new__(Features)
+    given.key = None
+    given.model = SimpleNamespace(
+        contrastive=SimpleNamespace(scale=1.0),
+        fuse=fuse,
+        matching=lambda pooled: pooled if logits is None else jnp.asarray(logits),
+    )
+    given.batch = {
+        name: jnp.asarray(value)[order]
+        for name, value in (("image_id", image_id), ("valid", valid), ("index", index))
+    }
+    # (embeddings whose products are the scores)
+    given.__dict__.update(
+        image=encoded,
+        text=encoded,
+        image_embedding=jnp.eye(len(order))[order],
+        text_embedding=scores.T[order],
+    )
+    return given
+
+
+def pairs(key, negatives="hard", **given):
+    """The pairs that are asked about, [3 B, 2], and whether each counts."""
+    seen = {}
+    batch = features(**given)
+    ask = batch.model.matching
+
+    def record(pooled):
+        seen["pairs"] = pooled
+        return jnp.zeros((len(pooled), 2)) + 0 * ask(pooled)
+
+    batch.model.matching = record
+    loss = matching(batch, key, negatives=negatives)
+    return np.asarray(seen["pairs"]).astype(int), loss
+
+
+@pytest.mark.parametrize("negatives", ["hard", "random"])
+def test_negatives_are_other_pictures_and_valid(negatives):
+    scores = 5 * np.random.default_rng(0).normal(size=(ROWS, ROWS)).astype(np.float32)
+    for seed in range(20):
+        asked, loss = pairs(jax.random.key(seed), negatives, scores=scores)
+        images, texts = asked[:, 0].reshape(3, ROWS), asked[:, 1].reshape(3, ROWS)
+        rows = np.arange(ROWS)
+        np.testing.assert_array_equal(images[0], rows)
+        np.testing.assert_array_equal(texts[0], rows)
+        np.testing.assert_array_equal(images[1], rows)  # each picture, a false text
+        np.testing.assert_array_equal(texts[2], rows)  # each text, a false picture
+        for drawn in (texts[1], images[2]):
+            assert (IMAGE_ID[drawn] != IMAGE_ID)[VALID].all()
+            assert VALID[drawn][VALID].all()
+        assert loss.weight == 3 * VALID.sum()
+
+
+def test_a_constant_answer_costs_the_class_prior():
+    logits = np.tile(np.log([2 / 3, 1 / 3]), (3 * ROWS, 1)).astype(np.float32)
+    loss = matching(features(logits=logits), jax.random.key(0))
+    np.testing.assert_allclose(loss.total / loss.weight, 0.6365, atol=5e-5)
+    total, weight = loss.metrics["matching/positives"]
+    np.testing.assert_allclose(total / weight, 1 / 3)
+
+
+def test_agrees_with_plain_cross_entropy():
+    logits = np.random.default_rng(3).normal(size=(3 * ROWS, 2)).astype(np.float32)
+    loss = matching(features(logits=logits), jax.random.key(0))
+    x = logits.astype(np.float64)
+    log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
+    true = np.arange(3 * ROWS) < ROWS
+    count = np.tile(VALID, 3)
+    expected = -np.where(true, log_p[:, 1], log_p[:, 0])[count].sum()
+    np.testing.assert_allclose(loss.total, expected, rtol=1e-5)
+    assert loss.weight == count.sum()
+    hits, weight = loss.metrics["matching/accuracy"]
+    np.testing.assert_allclose(hits / weight, ((x[:, 1] > x[:, 0]) == true)[count].mean())
+
+
+def test_a_batch_of_one_picture_has_no_negatives():
+    _, loss = pairs(jax.random.key(0), image_id=np.full(ROWS, 3))
+    assert loss.weight == VALID.sum()
+    assert np.isfinite(loss.total)
+    _, nothing = pairs(jax.random.key(0), valid=np.zeros(ROWS, bool))
+    assert nothing.weight == 0
+    assert nothing.total == 0
+
+
+def test_negatives_belong_to_examples_not_to_rows():
+    """The same examples in another order have the same false partners."""
+    scores = np.random.default_rng(1).normal(size=(ROWS, ROWS)).astype(np.float32)
+    order = np.random.default_rng(2).permutation(ROWS)
+    key = jax.random.key(11)
+    straight, _ = pairs(key, scores=scores)
+    permuted, _ = pairs(key, scores=scores, order=order)
+    counting = np.flatnonzero(np.tile(VALID, 3))
+    straight = {tuple(pair) for pair in straight[counting]}
+    counting = np.flatnonzero(np.tile(VALID[order], 3))
+    assert {tuple(pair) for pair in permuted[counting]} == straight
+
+
+def test_negatives_are_drawn_from_the_softmax():
+    """Pearson's chi-squared of 20,000 draws a row; both directions, fixed seed."""
+    logits = np.array([[0.0, 1, 2, -1, 0.5, 9], [3, 0, 0, 0, 1, 9]], np.float32)
+    allowed = np.array([[True, True, True, True, True, False], [True] * 5 + [False]])
+    rows, columns, draws = jnp.array([7, 123456]), jnp.array([3, 1, 4, 100, 5, 9]), 20_000
+
+    def draw(key):
+        noise = pair_gumbel(key, rows, columns)
+        return sample_negatives(jnp.asarray(logits), jnp.asarray(allowed), noise)[0]
+
+    drawn = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws)))
+    for row in range(2):
+        p = np.where(allowed[row], np.exp(logits[row]), 0)
+        expected = draws * p / p.sum()
+        found = np.bincount(drawn[:, row], minlength=6)
+        assert found[5] == 0
+        statistic = ((found - expected)[:5] ** 2 / expected[:5]).sum()
+        assert statistic < 23.5  # the 0.9999 quantile for 4 degrees of freedom
+
+
+def test_the_noise_of_a_pair_is_gumbel_and_its_own():
+    noise = np.asarray(pair_gumbel(jax.random.key(0), jnp.arange(300), jnp.arange(400)))
+    np.testing.assert_allclose(noise.mean(), 0.5772, atol=0.02)
+    np.testing.assert_allclose(noise.var(), np.pi**2 / 6, atol=0.04)
+    assert abs(np.corrcoef(noise[:, :300].ravel(), noise[:, :300].T.ravel())[0, 1]) < 0.02
+    picked = pair_gumbel(jax.random.key(0), jnp.array([17]), jnp.array([230, 31]))
+    np.testing.assert_array_equal(picked, noise[17:18, [230, 31]])
+    other = np.asarray(pair_gumbel(jax.random.key(1), jnp.arange(300), jnp.arange(400)))
+    assert abs(np.corrcoef(noise.ravel(), other.ravel())[0, 1]) < 0.02
+
+
+@pytest.mark.parametrize("bits", [0, 1, 2**31, 2**32 - 256, 2**32 - 1])
+def test_the_noise_is_finite_for_any_bits(bits, monkeypatch):
+    monkeypatch.setattr(
+        jax.random,
+        "key_data",
+        lambda key: jnp.full(2, bits, jnp.uint32),
+    )
+    noise = pair_gumbel(jax.random.key(0), jnp.arange(2), jnp.arange(2))
+    assert np.isfinite(noise).all()
+
+
+def test_no_gradient_flows_through_the_draw():
+    def loss(scores):
+        return matching(features(scores=scores), jax.random.key(0)).total
+
+    gradient = jax.grad(loss)(jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, ROWS))))
+    assert not np.asarray(gradient).any()
+
+
+def test_the_gradient_of_the_scores():
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+    labels = jnp.array([True, False, True, False])
+    gradient = jax.grad(lambda x: matching_loss(x, labels).sum())(logits)
+    target = np.stack([~np.asarray(labels), np.asarray(labels)], axis=1)
+    np.testing.assert_allclose(gradient, jax.nn.softmax(logits) - target, atol=1e-6)
