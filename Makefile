@@ -26,7 +26,7 @@ quickstart: $(VENV)/installed
 	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/vqa
 	$(BIN)/python train.py --config=configs/finetune/quickstart_vqa.py:question_only \
 	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/question_only
-	$(BIN)/python eval.py --config=configs/evaluate/vqa.py --checkpoint=$(RUNS)/vqa \
+	$(BIN)/python eval.py --config=configs/evaluate/quickstart.py:questions --checkpoint=$(RUNS)/vqa \
 	  --config.vqa.question_only=$(RUNS)/question_only --output=$(RUNS)/scores/vqa
 	$(BIN)/python -m mmjax.evaluation.report --output=$(RUNS) \
 	  --reports=$(RUNS)/scores/pretrain,$(RUNS)/scores/vqa \

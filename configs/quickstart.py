@@ -9,7 +9,7 @@ from mmjax.config import train_config
 
 def get_config(arg=None):
     config = train_config()
-    config.total_steps = 430
+    config.total_steps = 520
     config.batch_size = 64
     config.data.image_size = 64
     config.data.text_length = 24
@@ -21,10 +21,10 @@ def get_config(arg=None):
     config.objectives.contrastive.weight = 1.0
     config.objectives.matching.weight = 1.0
     config.objectives.masked_language.weight = 1.0
-    config.optimizer.learning_rate = 1e-3
+    config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule.warmup_steps = 40
-    config.checkpoint.every = 200
+    config.checkpoint.every = 260
     config.eval.data.size = 256
-    config.eval.every = 200
+    config.eval.every = 260
     config.eval.losses = True
     return config

@@ -4,11 +4,13 @@
 """
 
 from configs import quickstart
+from mmjax.errors import InputError
 
 
 def get_config(arg=None):
     config = quickstart.get_config()
-    config.total_steps = 300
+    config.total_steps = 450
+    config.optimizer.learning_rate = 7e-4
     config.init_from = "runs/quickstart/pretrain"
     config.data.task = "questions"
     config.data.size = 40000
@@ -21,5 +23,5 @@ def get_config(arg=None):
     if arg == "question_only":
         config.question_only = True
     elif arg is not None:
-        raise ValueError(f"quickstart_vqa.py takes ':question_only' or nothing, not {arg!r}")
+        raise InputError(f"quickstart_vqa.py takes ':question_only' or nothing, not {arg!r}.")
     return config

@@ -9,6 +9,7 @@ from math import erf
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -54,7 +55,7 @@ def random_params(abstract: Tree, seed: int = 0) -> Tree:
             value = 0.2 * noise
         else:
             value = 0.25 * noise
-        return value.astype(np.float32)
+        return jnp.asarray(value, jnp.float32)
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
 

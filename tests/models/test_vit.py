@@ -120,7 +120,7 @@ def test_dropout_is_drawn_by_the_key_and_anew_in_every_layer():
 def test_every_layer_draws_its_own_mask():
     config = replace(SMALL, dropout=0.5)
     graph, params = reference.split(lambda: ViT(config, nnx.Rngs(0)))
-    blocks = nnx.merge(graph, jax.tree.map(jnp.asarray, params)).blocks
+    blocks = nnx.merge(graph, params).blocks
     x = jnp.ones((2, 4, 32))
 
     def dropped(layer, x, key):

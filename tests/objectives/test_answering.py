@@ -100,7 +100,6 @@ def test_objectives_with_a_weight_are_built(tokenizer):
             "model.masked_language",
         ),
         ({"answering": {"weight": 1.0}}, {}, "model.answers"),
-        ({"answring": {"weight": 1.0}}, {"answers": ("yes",)}, "answering"),
     ],
     ids=str,
 )

@@ -55,7 +55,7 @@ def test_fifteen_percent_at_eighty_ten_ten():
     words = np.bincount(masked[other], minlength=WORDS)
     assert words[np.arange(WORDS) != MASK].min() > 0  # every word of the vocabulary
     # No position is favoured, and neighbours are chosen independently.
-    by_position = chosen[:, 3:].sum(axis=0) / np.maximum(maskable[:, 3:].sum(axis=0), 1)
+    by_position = chosen[:, 3:-1].sum(axis=0) / maskable[:, 3:-1].sum(axis=0)
     assert np.abs(by_position - 0.15).max() < 0.05
     both = maskable[:, 3:-1] & maskable[:, 4:]
     share((chosen[:, 3:-1] & chosen[:, 4:])[both].sum(), both.sum(), 0.15**2)
@@ -86,7 +86,9 @@ def test_masks_belong_to_examples_not_to_rows():
 def run(text, mask, valid, logits, key=0):
     """The objective, with a model that answers `logits` and records the text that it saw."""
     seen = {}
-    encoded = Encoded(tokens=jnp.zeros((*text.shape, 1)), mask=None, pooled=jnp.zeros((1, 1)))
+    encoded = Encoded(
+        tokens=jnp.zeros((*text.shape, 1)), mask=None, pooled=jnp.zeros((len(text), 1))
+    )
 
     def encode_text(text, mask, key):
         seen["text"] = np.asarray(text)

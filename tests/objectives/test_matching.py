@@ -17,26 +17,30 @@ VALID = np.array([True, True, True, False, True, True, True])
 INDEX = np.array([40, 41, 10, 20, 42, 21, 90])
 
 
-def features(image_id=IMAGE_ID, valid=VALID, index=INDEX, scores=None, logits=None, order=None):
-    """A batch whose pictures and texts are their row numbers, and a model that records the pairs.
+def features(image_id=IMAGE_ID, valid=VALID, index=INDEX, scores=None, order=None, answer=None):
+    """A batch whose pictures and texts are their own numbers.
 
-    `scores` are the logits of pair (number, number); the matching head answers `logits`, or
-    what it is asked about: (picture's number, text's number).
+    `scores[i, j]` is the similarity of picture i and text j, `order` the rows' order in the batch;
+    `answer(picture numbers, text numbers)` is the matching head.
     """
-    order = np.arange(len(image_id)) if order is None else order
+    rows = len(image_id)
+    order = np.arange(rows) if order is None else order
     number = jnp.asarray(order, jnp.float32)[:, None]
     encoded = Encoded(tokens=number[:, None], mask=None, pooled=number)
-    scores = jnp.zeros((len(image_id),) * 2) if scores is None else jnp.asarray(scores)
+    scores = jnp.zeros((rows, rows)) if scores is None else jnp.asarray(scores)
 
-    def fuse(image, text, key):
-        return SimpleNamespace(pooled=jnp.concatenate([image.pooled, text.pooled], axis=1))
+    def match(pooled):
+        image, text = np.asarray(pooled).astype(int).T
+        return jnp.zeros((len(pooled), 2)) if answer is None else answer(image, text)
 
     given = object.__new__(Features)
     given.key = None
     given.model = SimpleNamespace(
         contrastive=SimpleNamespace(scale=1.0),
-        fuse=fuse,
-        matching=lambda pooled: pooled if logits is None else jnp.asarray(logits),
+        fuse=lambda image, text, key: SimpleNamespace(
+            pooled=jnp.concatenate([image.pooled, text.pooled], axis=1)
+        ),
+        matching=match,
     )
     given.batch = {
         name: jnp.asarray(value)[order]
@@ -46,71 +50,84 @@ def features(image_id=IMAGE_ID, valid=VALID, index=INDEX, scores=None, logits=No
     given.__dict__.update(
         image=encoded,
         text=encoded,
-        image_embedding=jnp.eye(len(order))[order],
+        image_embedding=jnp.eye(rows)[order],
         text_embedding=scores.T[order],
     )
     return given
 
 
 def pairs(key, negatives="hard", **given):
-    """The pairs that are asked about, [3 B, 2], and whether each counts."""
-    seen = {}
-    batch = features(**given)
-    ask = batch.model.matching
+    """The (picture, text) pairs of valid rows that are asked about, [n, 2], and the loss."""
+    seen = []
 
-    def record(pooled):
-        seen["pairs"] = pooled
-        return jnp.zeros((len(pooled), 2)) + 0 * ask(pooled)
+    def record(image, text):
+        seen.append(np.stack([image, text], axis=1))
+        return jnp.zeros((len(image), 2))
 
-    batch.model.matching = record
-    loss = matching(batch, key, negatives=negatives)
-    return np.asarray(seen["pairs"]).astype(int), loss
+    loss = matching(features(**given, answer=record), key, negatives=negatives)
+    asked = seen[0]
+    assert len(asked) == 3 * ROWS
+    return asked[VALID[asked].all(axis=1)], loss
 
 
 @pytest.mark.parametrize("negatives", ["hard", "random"])
 def test_negatives_are_other_pictures_and_valid(negatives):
     scores = 5 * np.random.default_rng(0).normal(size=(ROWS, ROWS)).astype(np.float32)
-    for seed in range(20):
+    valid_rows = np.flatnonzero(VALID)
+    for seed in range(10):
         asked, loss = pairs(jax.random.key(seed), negatives, scores=scores)
-        images, texts = asked[:, 0].reshape(3, ROWS), asked[:, 1].reshape(3, ROWS)
-        rows = np.arange(ROWS)
-        np.testing.assert_array_equal(images[0], rows)
-        np.testing.assert_array_equal(texts[0], rows)
-        np.testing.assert_array_equal(images[1], rows)  # each picture, a false text
-        np.testing.assert_array_equal(texts[2], rows)  # each text, a false picture
-        for drawn in (texts[1], images[2]):
-            assert (IMAGE_ID[drawn] != IMAGE_ID)[VALID].all()
-            assert VALID[drawn][VALID].all()
-        assert loss.weight == 3 * VALID.sum()
+        # Nothing was asked of an invalid row that counts, so no valid row drew one.
+        assert loss.weight == len(asked) == 3 * VALID.sum()
+        own = asked[:, 0] == asked[:, 1]
+        np.testing.assert_array_equal(np.sort(asked[own, 0]), valid_rows)
+        false = asked[~own]
+        assert (IMAGE_ID[false[:, 0]] != IMAGE_ID[false[:, 1]]).all()
+        # Every picture has a false text, and every text a false picture.
+        np.testing.assert_array_equal(np.unique(false[:, 0]), valid_rows)
+        np.testing.assert_array_equal(np.unique(false[:, 1]), valid_rows)
+
+
+def test_hard_negatives_are_the_similar_ones():
+    scores = np.zeros((ROWS, ROWS), np.float32)
+    scores[0, 2] = scores[6, 1] = 50.0
+    asked, _ = pairs(jax.random.key(0), scores=scores)
+    asked = {tuple(pair) for pair in asked}
+    assert (0, 2) in asked
+    assert (6, 1) in asked
 
 
 def test_a_constant_answer_costs_the_class_prior():
-    logits = np.tile(np.log([2 / 3, 1 / 3]), (3 * ROWS, 1)).astype(np.float32)
-    loss = matching(features(logits=logits), jax.random.key(0))
+    def answer(image, text):
+        return jnp.tile(jnp.log(jnp.array([2 / 3, 1 / 3])), (len(image), 1))
+
+    loss = matching(features(answer=answer), jax.random.key(0))
     np.testing.assert_allclose(loss.total / loss.weight, 0.6365, atol=5e-5)
     total, weight = loss.metrics["matching/positives"]
     np.testing.assert_allclose(total / weight, 1 / 3)
 
 
 def test_agrees_with_plain_cross_entropy():
-    logits = np.random.default_rng(3).normal(size=(3 * ROWS, 2)).astype(np.float32)
-    loss = matching(features(logits=logits), jax.random.key(0))
-    x = logits.astype(np.float64)
+    logits = np.random.default_rng(3).normal(size=(ROWS, ROWS, 2)).astype(np.float32)
+    loss = matching(
+        features(answer=lambda image, text: jnp.asarray(logits[image, text])), jax.random.key(0)
+    )
+    asked, _ = pairs(jax.random.key(0))
+    x = logits[asked[:, 0], asked[:, 1]].astype(np.float64)
     log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
-    true = np.arange(3 * ROWS) < ROWS
-    count = np.tile(VALID, 3)
-    expected = -np.where(true, log_p[:, 1], log_p[:, 0])[count].sum()
-    np.testing.assert_allclose(loss.total, expected, rtol=1e-5)
-    assert loss.weight == count.sum()
+    true = asked[:, 0] == asked[:, 1]
+    np.testing.assert_allclose(
+        loss.total, -np.where(true, log_p[:, 1], log_p[:, 0]).sum(), rtol=1e-5
+    )
+    assert loss.weight == len(asked)
     hits, weight = loss.metrics["matching/accuracy"]
-    np.testing.assert_allclose(hits / weight, ((x[:, 1] > x[:, 0]) == true)[count].mean())
+    np.testing.assert_allclose(hits / weight, ((x[:, 1] > x[:, 0]) == true).mean())
 
 
 def test_a_batch_of_one_picture_has_no_negatives():
-    _, loss = pairs(jax.random.key(0), image_id=np.full(ROWS, 3))
+    loss = matching(features(image_id=np.full(ROWS, 3)), jax.random.key(0))
     assert loss.weight == VALID.sum()
     assert np.isfinite(loss.total)
-    _, nothing = pairs(jax.random.key(0), valid=np.zeros(ROWS, bool))
+    nothing = matching(features(valid=np.zeros(ROWS, bool)), jax.random.key(0))
     assert nothing.weight == 0
     assert nothing.total == 0
 
@@ -122,10 +139,9 @@ def test_negatives_belong_to_examples_not_to_rows():
     key = jax.random.key(11)
     straight, _ = pairs(key, scores=scores)
     permuted, _ = pairs(key, scores=scores, order=order)
-    counting = np.flatnonzero(np.tile(VALID, 3))
-    straight = {tuple(pair) for pair in straight[counting]}
-    counting = np.flatnonzero(np.tile(VALID[order], 3))
-    assert {tuple(pair) for pair in permuted[counting]} == straight
+    np.testing.assert_array_equal(
+        straight[np.lexsort(straight.T)], permuted[np.lexsort(permuted.T)]
+    )
 
 
 def test_negatives_are_drawn_from_the_softmax():
@@ -171,8 +187,13 @@ def test_the_noise_is_finite_for_any_bits(bits, monkeypatch):
 
 
 def test_no_gradient_flows_through_the_draw():
+    """Were there a path, the head's answer would hand a gradient to the scores."""
+
     def loss(scores):
-        return matching(features(scores=scores), jax.random.key(0)).total
+        given = features(scores=scores)
+        given.model.matching = lambda pooled: pooled
+        given.model.contrastive.scale = scores.sum()
+        return matching(given, jax.random.key(0)).total
 
     gradient = jax.grad(loss)(jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, ROWS))))
     assert not np.asarray(gradient).any()
