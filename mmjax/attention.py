@@ -43,8 +43,8 @@ def attention_weights(
     mask: Bool[Array, "batch _ keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
     """The probabilities themselves, in float32: for looking at, or to distil from."""
-    scores = jnp.einsum("bqhd,bkhd->bhqk", query * query.shape[-1] ** -0.5, key)
-    return jax.nn.softmax(_masked(scores.astype(jnp.float32), mask))
+    scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
+    return jax.nn.softmax(_masked(scores * query.shape[-1] ** -0.5, mask))
 
 
 def _einsum(query, key, value, mask):
@@ -55,8 +55,8 @@ def _einsum(query, key, value, mask):
 def _head_major(query, key, value, mask):
     """Heads before positions, so that each product is a contiguous matrix product."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    scores = jnp.einsum("bhqd,bhkd->bhqk", query * query.shape[-1] ** -0.5, key)
-    scores = _masked(scores.astype(jnp.float32), mask)
+    scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
+    scores = _masked(scores * query.shape[-1] ** -0.5, mask)
     # The shift only keeps exp() in range; the result does not depend on it, nor does the gradient.
     shift = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     exponentials = jnp.exp(scores - shift)

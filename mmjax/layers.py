@@ -1,7 +1,7 @@
 """What every model is made of: residual sub-layers, the Transformer block, and a stack of layers.
 
 A layer takes its dropout key as an argument (`key=None`: no dropout), so that a model holds no
-random state. Parameters are float32; `Precision.dtype` is what the matrix products compute in.
+random state. Parameters are float32; `LayerConfig.dtype` is what the matrix products compute in.
 """
 
 from collections.abc import Callable
@@ -68,7 +68,9 @@ class LayerConfig:
                 f"{name}: width is {self.width} and depth {self.depth}; give both, or a named size."
             )
         if self.heads < 1 or self.width % self.heads:
-            raise InputError(f"{name}: width {self.width} does not split into {self.heads} heads.")
+            raise InputError(
+                f"{name}: width {self.width} does not split into {self.heads} heads; set heads."
+            )
         for key, known in (
             ("norm", ["pre", "post"]),
             ("activation", list(ACTIVATIONS)),

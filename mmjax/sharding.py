@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmjax.errors import InputError
 from mmjax.rules import apply_rules
@@ -59,12 +59,13 @@ def check_batch_size(
     """Refuse a global batch that the batch axes (and slices of accumulation) do not divide."""
     ways = int(np.prod([mesh.shape[axis] for axis in BATCH_AXES])) * accumulate
     if batch_size < 1 or batch_size % ways:
-        lower, upper = batch_size // ways * ways, -(-batch_size // ways) * ways
+        lower = max(batch_size // ways, 0) * ways
+        upper = max(-(-batch_size // ways), 1) * ways
         slices = f" × optimizer.accumulate = {accumulate} slices" if accumulate > 1 else ""
         raise InputError(
             f"{key} = {batch_size} does not split over mesh.data × mesh.fsdp = "
             f"{ways // accumulate} devices{slices}; "
-            f"take {f'{lower} or {upper}' if lower else max(upper, ways)}."
+            f"take {f'{lower} or {upper}' if lower else upper}."
         )
 
 
@@ -89,7 +90,9 @@ def tree_shardings(tree: Any, mesh: Mesh, rules=PARAMETER_RULES) -> Any:
     )
 
 
-def _fitting(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def _fitting(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
     axes = axes[len(axes) - min(len(axes), len(shape)) :]
     axes = (None,) * (len(shape) - len(axes)) + axes
     return PartitionSpec(
@@ -106,6 +109,18 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or x.ndim == 0:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def gather_table(table: jax.Array) -> jax.Array:
+    """An embedding table at the moment of its use: whole but for its rows over `tensor`.
+
+    Split by width over `fsdp`, as it is stored, it would meet a batch that is split over the same
+    devices, and the partitioner would replicate the activations to bring the two together.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return table
+    return jax.lax.with_sharding_constraint(table, _fitting(("tensor", None), table.shape, mesh))
 
 
 def to_device(batch: Any, mesh: Mesh) -> Any:

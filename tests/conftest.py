@@ -16,6 +16,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 ).strip()
+# XLA's thread pool: on few cores the collectives of eight devices block one another in it.
+os.environ.setdefault("NPROC", "32")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(tempfile.gettempdir()) / f"mmjax-jax-cache-{os.getuid()}"),

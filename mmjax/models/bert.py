@@ -10,6 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmjax.errors import InputError, near_misses
 from mmjax.layers import Block, LayerConfig, Stack, embedding, layer_norm
 from mmjax.models.features import Encoded
+from mmjax.sharding import gather_table
 
 # width, depth, heads, MLP width: the paper's section 3, and Turc et al. 2019 for the small ones.
 SIZES = {
@@ -86,7 +87,7 @@ class BertEncoder(nnx.Module):
                 "lower data.text_length or raise model.text.max_length."
             )
         types = jnp.zeros_like(text) if types is None else types
-        x = self.token_embedding(text) + self.type_embedding(types)
+        x = jnp.take(self._table(), text, axis=0) + self.type_embedding(types)
         x = self.embedding_norm(x + self.position_embedding(jnp.arange(length)))
         if key is not None:
             key, embedding_key = jax.random.split(key)
@@ -98,5 +99,8 @@ class BertEncoder(nnx.Module):
 
     def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch words"]:
         """Scores of every word by the embedding table itself (tied output weights), in float32."""
-        table = self.token_embedding.embedding[...].astype(x.dtype)
+        table = self._table().astype(x.dtype)
         return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
+
+    def _table(self) -> Float[Array, "words width"]:
+        return gather_table(self.token_embedding.embedding[...].astype(self.config.dtype))

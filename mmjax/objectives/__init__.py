@@ -14,21 +14,21 @@ from jaxtyping import Array, Float, Key
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError, near_misses
 from mmjax.models import ModelConfig, VisionLanguageModel
-from mmjax.objectives.answering import answering
-from mmjax.objectives.contrastive import contrastive
+from mmjax.objectives.answering import answering_objective
+from mmjax.objectives.contrastive import contrastive_objective
 from mmjax.objectives.loss import Features, Loss, purpose_key
-from mmjax.objectives.masked_language import masked_language
-from mmjax.objectives.matching import NEGATIVES, matching
+from mmjax.objectives.masked_language import masked_language_objective
+from mmjax.objectives.matching import NEGATIVES, matching_objective
 
 __all__ = ["Features", "Loss", "Objective", "build_objectives", "compute_losses", "total_loss"]
 
 # By name: the function, the field of ModelConfig that gives its head, and whether it compares the
 # examples of a batch with each other, so that splitting the batch would change the loss.
 KINDS: dict[str, tuple[Callable[..., Loss], str, bool]] = {
-    "contrastive": (contrastive, "embedding_width", True),
-    "matching": (matching, "matching", True),
-    "masked_language": (masked_language, "masked_language", False),
-    "answering": (answering, "answers", False),
+    "contrastive": (contrastive_objective, "embedding_width", True),
+    "matching": (matching_objective, "matching", True),
+    "masked_language": (masked_language_objective, "masked_language", False),
+    "answering": (answering_objective, "answers", False),
 }
 
 

@@ -19,7 +19,7 @@ def soft_binary_cross_entropy(
     ).sum(axis=-1)
 
 
-def answering(features: Features, key: jax.Array) -> Loss:
+def answering_objective(features: Features, key: jax.Array) -> Loss:
     """Score every answer for each question; the accuracy is the soft score of the best one."""
     model, batch = features.model, features.batch
     logits, targets = model.answering(features.fused.pooled), batch["answer"]

@@ -23,14 +23,13 @@ def info_nce(
     return -jnp.where(positives, share * log_p, 0).sum(axis=-1)
 
 
-def contrastive(features: Features, key: jax.Array) -> Loss:
+def contrastive_objective(features: Features, key: jax.Array) -> Loss:
     """Symmetric InfoNCE over the global batch (Radford et al. 2021, CLIP, figure 3).
 
     Rows that show the same picture (equal `image_id`) are positives of one another.
     """
-    batch, scale = features.batch, features.model.contrastive.scale
+    batch, logits = features.batch, features.similarity_logits
     valid = batch["valid"]
-    logits = scale * features.image_embedding @ features.text_embedding.T
     positives = same_image(batch["image_id"])
     image_to_text = info_nce(logits, positives, valid)
     text_to_image = info_nce(logits.T, positives, valid)
@@ -42,7 +41,7 @@ def contrastive(features: Features, key: jax.Array) -> Loss:
         weight,
         {
             "contrastive/accuracy": weighted(hit, valid),
-            "contrastive/logit_scale": (scale, jnp.ones(())),
+            "contrastive/logit_scale": (features.model.contrastive.scale, jnp.ones(())),
         },
     )
 

@@ -81,3 +81,15 @@ class Features:
     def text_embedding(self) -> Float[Array, "batch embedding"]:
         """Unit vectors of the texts."""
         return self.model.contrastive.text(self.text.pooled)
+
+    @cached_property
+    def similarity_logits(self) -> Float[Array, "batch batch"]:
+        """Scaled cosines of every picture (rows) with every text of the global batch.
+
+        At full float32 precision: a TPU would round the factors to bfloat16, and the scale makes
+        tenths of a logit of that.
+        """
+        cosines = jnp.matmul(
+            self.image_embedding, self.text_embedding.T, precision=jax.lax.Precision.HIGHEST
+        )
+        return self.model.contrastive.scale * cosines

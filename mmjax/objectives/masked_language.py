@@ -33,7 +33,7 @@ def mask_tokens(
     return jax.vmap(row)(text, maskable, keys)
 
 
-def masked_language(
+def masked_language_objective(
     features: Features,
     key: jax.Array,
     *,

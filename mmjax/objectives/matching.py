@@ -21,7 +21,8 @@ def pair_gumbel(
         return jax.random.key_data(folded)[0]
 
     bits_QC = jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(rows, columns)
-    uniform = (bits_QC >> 8).astype(jnp.float32) * 2**-24 + 2**-25  # in (0, 1), exactly
+    # Odd multiples of 2⁻²⁴: float32 holds them exactly, and neither 0 nor 1 is among them.
+    uniform = (bits_QC >> 9).astype(jnp.float32) * 2**-23 + 2**-24
     return -jnp.log(-jnp.log(uniform))
 
 
@@ -37,7 +38,7 @@ def sample_negatives(
     return jnp.where(allowed, logits + noise, -jnp.inf).argmax(axis=-1), allowed.any(axis=-1)
 
 
-def matching(features: Features, key: jax.Array, *, negatives: str = "hard") -> Loss:
+def matching_objective(features: Features, key: jax.Array, *, negatives: str = "hard") -> Loss:
     """Does the text belong to the picture? B true pairs, and 2 B false ones.
 
     Every picture gets one false text and every text one false picture, drawn from the softmax of
@@ -49,9 +50,7 @@ def matching(features: Features, key: jax.Array, *, negatives: str = "hard") -> 
     valid, index = batch["valid"], batch["index"]
     if negatives == "hard":
         # The draw is no path for gradients.
-        logits = jax.lax.stop_gradient(
-            model.contrastive.scale * features.image_embedding @ features.text_embedding.T
-        )
+        logits = jax.lax.stop_gradient(features.similarity_logits)
     else:
         logits = jnp.zeros((len(valid), len(valid)), jnp.float32)
     allowed = ~same_image(batch["image_id"]) & valid[None, :] & valid[:, None]
@@ -62,13 +61,13 @@ def matching(features: Features, key: jax.Array, *, negatives: str = "hard") -> 
 
     image, text = features.image, features.text
     fused = model.fuse(
-        _concatenate(image, image, image.take(false_image)),
-        _concatenate(text, text.take(false_text), text),
+        _interleave(image, image, image.take(false_image)),
+        _interleave(text, text.take(false_text), text),
         features.dropout_key("matching"),
     )
     logits_3Bx2 = model.matching(fused.pooled)
-    labels = jnp.arange(3 * len(valid)) < len(valid)
-    weights = jnp.concatenate([valid, has_text, has_image])
+    labels = jnp.arange(3 * len(valid)) % 3 == 0
+    weights = jnp.stack([valid, has_text, has_image], axis=1).reshape(-1)
     total, weight = weighted(matching_loss(logits_3Bx2, labels), weights)
     return Loss(
         total,
@@ -88,5 +87,8 @@ def matching_loss(
     return -jnp.where(labels, log_p[:, 1], log_p[:, 0])
 
 
-def _concatenate(*parts: Encoded) -> Encoded:
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts)
+def _interleave(*parts: Encoded) -> Encoded:
+    """Rows in turn, so that true pairs stay on the device that holds them."""
+    return jax.tree.map(
+        lambda *arrays: jnp.stack(arrays, axis=1).reshape(-1, *arrays[0].shape[1:]), *parts
+    )

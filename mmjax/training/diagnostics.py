@@ -1,5 +1,6 @@
 """Warnings about runs that go nowhere while their loss looks plausible."""
 
+from collections import deque
 from collections.abc import Mapping
 from math import log
 
@@ -13,18 +14,25 @@ class MatchingPrior:
 
     def __init__(self, window: int = 500, tolerance: float = 0.01):
         self.window, self.tolerance = window, tolerance
-        self.observed: list[tuple[int, float]] = []
+        self._recent: deque[tuple[int, float]] = deque()
+        self._first_step: int | None = None
         self.warned = False
 
     def observe(self, step: int, metrics: Mapping[str, float]) -> str | None:
         """A warning, or None. `metrics` are those of one logged step."""
         if "matching/loss" not in metrics or self.warned:
             return None
-        self.observed.append((step, metrics["matching/loss"]))
+        self._first_step = step if self._first_step is None else self._first_step
+        self._recent.append((step, metrics["matching/loss"]))
+        while self._recent[0][0] <= step - self.window:
+            self._recent.popleft()
+        losses = [loss for _, loss in self._recent]
+        # A loss that comes down from above its prior, or has just left it, is on its way.
+        latest = losses[-max(len(losses) // 5, 1) :]
+        mean = sum(losses) / len(losses)
         prior = prior_loss(metrics["matching/positives"])
-        recent = [loss for at, loss in self.observed if at > step - self.window]
-        mean = sum(recent) / len(recent)
-        if step - self.observed[0][0] < self.window or mean < prior - self.tolerance:
+        at_prior = min(mean, sum(latest) / len(latest)) >= prior - self.tolerance
+        if step - self._first_step < self.window or not at_prior:
             return None
         self.warned = True
         return (

@@ -17,7 +17,7 @@ from mmjax.training.state import Parameters
 
 # Weight decay is for matrices (as in ALBEF and CLIP): not for biases, LayerNorm, positions, tokens
 # that are parameters themselves, or the temperature.
-NO_DECAY = r".*(bias|scale|logit_scale|class_token|position_embedding.*)"
+NO_DECAY = r".*(bias|scale|class_token|pooling/query|position_embedding.*)"
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 
 
@@ -38,6 +38,11 @@ def make_schedule(config: Mapping[str, Any], total_steps: int) -> optax.Schedule
             f"optimizer.schedule: warmup_steps {warmup} + cooldown_steps {cooldown} exceed "
             f"total_steps {total_steps}."
         )
+    if cooldown and kind in ("cosine", "linear"):
+        raise InputError(
+            f"optimizer.schedule.cooldown_steps is {cooldown}, but {kind} falls to its end anyway: "
+            "set it to 0, or take rsqrt or constant."
+        )
     decay_steps = max(total_steps - warmup, 1)
     after: optax.Schedule
     if kind == "cosine":
@@ -53,7 +58,7 @@ def make_schedule(config: Mapping[str, Any], total_steps: int) -> optax.Schedule
 
 
 def _rsqrt(peak: float, timescale: int) -> optax.Schedule:
-    return lambda step: peak * jnp.sqrt(timescale / (step + timescale))
+    return lambda step: peak * jnp.sqrt(timescale / (jnp.maximum(step, 0) + timescale))
 
 
 def _cooled(plateau: optax.Schedule, steps: int, cooldown: int, end: float) -> optax.Schedule:

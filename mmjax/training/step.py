@@ -107,8 +107,14 @@ def compile_train_step(
 ) -> Any:
     """`jax.jit` with the (abstract) state's own shardings, its memory donated to the next."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def under_mesh(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        # Without a mesh in force, `constrain_batch` would do nothing, and say nothing.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return train_step(state, batch)
+
     return jax.jit(
-        train_step,
+        under_mesh,
         in_shardings=(shardings, batch_sharding(mesh)),
         out_shardings=(shardings, replicated(mesh)),
         donate_argnums=0,
@@ -150,9 +156,11 @@ def _gradients(
         (loss, sums), gradients = value_and_grad(params, *part, weights)
         return jax.tree.map(jnp.add, carry, (gradients, loss, sums)), None
 
-    first, rest = (jax.tree.map(lambda x, p=p: x[p], walk) for p in (0, slice(1, None)))
-    (loss, sums), gradients = value_and_grad(params, *first, weights)
-    (gradients, loss, sums), _ = jax.lax.scan(add, (gradients, loss, sums), rest)
+    # From zeros, not from the first slice: the program then holds one copy of the model.
+    part = jax.tree.map(lambda x: x[0], walk)
+    shapes = jax.eval_shape(value_and_grad, params, *part, weights)
+    (loss, sums), gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (gradients, loss, sums), _ = jax.lax.scan(add, (gradients, loss, sums), walk)
     return gradients, loss, sums
 
 

@@ -10,7 +10,7 @@ import pytest
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
 from mmjax.objectives import build_objectives, total_loss
-from mmjax.objectives.answering import answering, soft_binary_cross_entropy
+from mmjax.objectives.answering import answering_objective, soft_binary_cross_entropy
 from mmjax.objectives.loss import Features, Loss
 from tests.models.reference import tiny_model
 
@@ -20,7 +20,7 @@ def run(logits, targets, valid):
     features.model = SimpleNamespace(answering=lambda pooled: jnp.asarray(logits))
     features.batch = {"answer": jnp.asarray(targets), "valid": jnp.asarray(valid)}
     features.__dict__["fused"] = SimpleNamespace(pooled=None)
-    return answering(features, jax.random.key(0))
+    return answering_objective(features, jax.random.key(0))
 
 
 @pytest.mark.parametrize(("rows", "answers"), [(5, 7), (1, 3), (8, 1)])

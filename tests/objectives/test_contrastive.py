@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.objectives.contrastive import contrastive, info_nce
+from mmjax.objectives.contrastive import contrastive_objective, info_nce
 from mmjax.objectives.loss import Features
 
 
@@ -53,7 +53,7 @@ def test_agrees_with_the_papers(case, scale):
     rows, width, image_id, valid = CASES[case]
     image_id, valid = np.array(image_id), np.array(valid)
     image, text = embeddings(rows, width)
-    loss = contrastive(features(image, text, image_id, valid, scale), jax.random.key(0))
+    loss = contrastive_objective(features(image, text, image_id, valid, scale), jax.random.key(0))
     assert loss.weight == valid.sum()
     expected = expected_loss(image, text, image_id, valid, scale)
     np.testing.assert_allclose(loss.total / loss.weight, expected, rtol=1e-4, atol=1e-5)
@@ -65,7 +65,7 @@ def test_what_padding_holds_does_not_matter():
     invalid = ~np.array(valid)
 
     def loss(image, text, image_id):
-        loss = contrastive(features(image, text, image_id, valid), jax.random.key(0))
+        loss = contrastive_objective(features(image, text, image_id, valid), jax.random.key(0))
         return loss.total, loss
 
     first, _ = loss(image, text, np.array(image_id))
@@ -82,7 +82,9 @@ def test_accuracy_counts_any_caption_of_the_picture():
     text = np.eye(4, dtype=np.float32)
     image = text[[1, 0, 3, 2]]  # each picture is nearest to its neighbour's caption
     for image_id, accuracy in (([7, 7, 8, 9], 0.5), ([7, 7, 9, 9], 1.0), (range(4), 0.0)):
-        loss = contrastive(features(image, text, np.array(image_id), [True] * 4), jax.random.key(0))
+        loss = contrastive_objective(
+            features(image, text, np.array(image_id), [True] * 4), jax.random.key(0)
+        )
         total, weight = loss.metrics["contrastive/accuracy"]
         assert total / weight == accuracy
 

@@ -9,7 +9,7 @@ import pytest
 
 from mmjax.models import Encoded
 from mmjax.objectives.loss import Features, example_keys
-from mmjax.objectives.masked_language import mask_tokens, masked_language, word_loss
+from mmjax.objectives.masked_language import mask_tokens, masked_language_objective, word_loss
 
 WORDS, MASK, SPECIAL = 50, 4, (0, 1, 2, 3, 4)  # [PAD] [UNK] [CLS] [SEP] [MASK]
 
@@ -110,7 +110,7 @@ def run(text, mask, valid, logits, key=0):
         "valid": jnp.asarray(valid),
         "index": jnp.arange(len(text)),
     }
-    loss = masked_language(
+    loss = masked_language_objective(
         features, jax.random.key(key), rate=0.5, mask_id=MASK, special_ids=SPECIAL
     )
     return loss, seen["text"]

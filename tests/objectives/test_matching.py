@@ -9,7 +9,12 @@ import pytest
 
 from mmjax.models import Encoded
 from mmjax.objectives.loss import Features
-from mmjax.objectives.matching import matching, matching_loss, pair_gumbel, sample_negatives
+from mmjax.objectives.matching import (
+    matching_loss,
+    matching_objective,
+    pair_gumbel,
+    sample_negatives,
+)
 
 ROWS = 7
 IMAGE_ID = np.array([5, 5, 1, 2, 5, 2, 9])
@@ -64,7 +69,7 @@ def pairs(key, negatives="hard", **given):
         seen.append(np.stack([image, text], axis=1))
         return jnp.zeros((len(image), 2))
 
-    loss = matching(features(**given, answer=record), key, negatives=negatives)
+    loss = matching_objective(features(**given, answer=record), key, negatives=negatives)
     asked = seen[0]
     assert len(asked) == 3 * ROWS
     return asked[VALID[asked].all(axis=1)], loss
@@ -100,7 +105,7 @@ def test_a_constant_answer_costs_the_class_prior():
     def answer(image, text):
         return jnp.tile(jnp.log(jnp.array([2 / 3, 1 / 3])), (len(image), 1))
 
-    loss = matching(features(answer=answer), jax.random.key(0))
+    loss = matching_objective(features(answer=answer), jax.random.key(0))
     np.testing.assert_allclose(loss.total / loss.weight, 0.6365, atol=5e-5)
     total, weight = loss.metrics["matching/positives"]
     np.testing.assert_allclose(total / weight, 1 / 3)
@@ -108,7 +113,7 @@ def test_a_constant_answer_costs_the_class_prior():
 
 def test_agrees_with_plain_cross_entropy():
     logits = np.random.default_rng(3).normal(size=(ROWS, ROWS, 2)).astype(np.float32)
-    loss = matching(
+    loss = matching_objective(
         features(answer=lambda image, text: jnp.asarray(logits[image, text])), jax.random.key(0)
     )
     asked, _ = pairs(jax.random.key(0))
@@ -124,10 +129,10 @@ def test_agrees_with_plain_cross_entropy():
 
 
 def test_a_batch_of_one_picture_has_no_negatives():
-    loss = matching(features(image_id=np.full(ROWS, 3)), jax.random.key(0))
+    loss = matching_objective(features(image_id=np.full(ROWS, 3)), jax.random.key(0))
     assert loss.weight == VALID.sum()
     assert np.isfinite(loss.total)
-    nothing = matching(features(valid=np.zeros(ROWS, bool)), jax.random.key(0))
+    nothing = matching_objective(features(valid=np.zeros(ROWS, bool)), jax.random.key(0))
     assert nothing.weight == 0
     assert nothing.total == 0
 
@@ -193,7 +198,7 @@ def test_no_gradient_flows_through_the_draw():
         given = features(scores=scores)
         given.model.matching = lambda pooled: pooled
         given.model.contrastive.scale = scores.sum()
-        return matching(given, jax.random.key(0)).total
+        return matching_objective(given, jax.random.key(0)).total
 
     gradient = jax.grad(loss)(jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, ROWS))))
     assert not np.asarray(gradient).any()

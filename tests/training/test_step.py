@@ -14,10 +14,10 @@ from jax.sharding import AxisType
 
 from mmjax.errors import InputError
 from mmjax.objectives import Objective
-from mmjax.objectives.answering import answering
-from mmjax.objectives.contrastive import contrastive
-from mmjax.objectives.masked_language import masked_language
-from mmjax.objectives.matching import matching
+from mmjax.objectives.answering import answering_objective
+from mmjax.objectives.contrastive import contrastive_objective
+from mmjax.objectives.masked_language import masked_language_objective
+from mmjax.objectives.matching import matching_objective
 from mmjax.rules import leaf_paths
 from mmjax.sharding import make_mesh, to_device, tree_shardings
 from mmjax.training.optimizer import learning_rates, make_optimizer
@@ -29,15 +29,15 @@ MODEL = tiny_model()
 ANSWERING = tiny_model(answers=("yes", "no", "red", "two"))
 ROWS = 56  # 3 × 56, 56 / 8 and 56 / 4 are no other size of the model: shapes tell what they are
 
-CONTRASTIVE = Objective("contrastive", 1.0, contrastive, True)
-MATCHING = Objective("matching", 0.5, matching, True)
+CONTRASTIVE = Objective("contrastive", 1.0, contrastive_objective, True)
+MATCHING = Objective("matching", 0.5, matching_objective, True)
 MASKED_LANGUAGE = Objective(
     "masked_language",
     1.0,
-    partial(masked_language, rate=0.3, mask_id=3, special_ids=(0, 1, 2, 3)),
+    partial(masked_language_objective, rate=0.3, mask_id=3, special_ids=(0, 1, 2, 3)),
     False,
 )
-ANSWERS = Objective("answering", 1.0, answering, False)
+ANSWERS = Objective("answering", 1.0, answering_objective, False)
 PRETRAINING = (CONTRASTIVE, MATCHING, MASKED_LANGUAGE)
 
 
