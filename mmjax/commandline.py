@@ -12,7 +12,7 @@ from ml_collections import ConfigDict, config_flags
 
 from mmjax.errors import InputError
 
-HERE = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
 
 
 def run(main: Callable[[ConfigDict], Any]) -> None:
@@ -44,7 +44,11 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:
     """Libraries tell of every file they write; people want the run's own words and warnings."""
-    return record.levelno >= logging.WARNING or Path(record.pathname).resolve().is_relative_to(HERE)
+    path = Path(record.pathname).resolve()
+    if path.parent == HERE.parent or path.is_relative_to(HERE):
+        return True
+    # Orbax calls waiting for its own threads a warning.
+    return record.levelno >= (logging.ERROR if "orbax" in path.parts else logging.WARNING)
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:  # type: ignore[return]
