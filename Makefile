@@ -33,7 +33,7 @@ quickstart: $(VENV)/installed
 	  --logs=pretrain=$(RUNS)/pretrain,vqa=$(RUNS)/vqa,question_only=$(RUNS)/question_only
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

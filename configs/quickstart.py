@@ -9,7 +9,7 @@ from mmjax.config import train_config
 
 def get_config(arg=None):
     config = train_config()
-    config.total_steps = 520
+    config.total_steps = 560
     config.batch_size = 64
     config.data.image_size = 64
     config.data.text_length = 24
@@ -23,8 +23,8 @@ def get_config(arg=None):
     config.objectives.masked_language.weight = 1.0
     config.optimizer.learning_rate = 2e-3
     config.optimizer.schedule.warmup_steps = 40
-    config.checkpoint.every = 260
+    config.checkpoint.every = 280
     config.eval.data.size = 256
-    config.eval.every = 260
+    config.eval.every = 280
     config.eval.losses = True
     return config

@@ -14,7 +14,9 @@ install_import_hook(CHECKED, "beartype.beartype")
 # All of this is read when jax is imported, which the tests do after this file.
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+    + " --xla_backend_optimization_level=0"  # half the time to compile, and tiny programs to run
 ).strip()
 # XLA's thread pool: on few cores the collectives of eight devices block one another in it.
 os.environ.setdefault("NPROC", "32")

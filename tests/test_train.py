@@ -108,7 +108,7 @@ def test_another_architecture_in_the_workdir_is_refused(tiny_config, tmp_path):
         ("data.source", "flicker8k", "Did you mean flickr8k"),
         ("data.source", "flickr8k", "data.root is empty"),
         ("objectives.answering.weight", 1.0, "closed list of answers"),
-        ("optimizer.accumulate", 2, "contrastive and matching compare every example"),
+        ("optimizer.accumulate", 2, "8 devices × optimizer.accumulate = 2 slices; take 16"),
         ("optimizer.schedule.kind", "cosin", "Did you mean cosine"),
         ("model.image.patch_size", 30, "image_size 64 is no multiple of patch_size 30"),
         ("init_from", "nowhere", "No checkpoint at .*nowhere"),
@@ -118,6 +118,12 @@ def test_another_architecture_in_the_workdir_is_refused(tiny_config, tmp_path):
 def test_bad_settings_say_what_to_do(tiny_config, tmp_path, key, value, message):
     tiny_config.update_from_flattened_dict({key: value})
     with pytest.raises(InputError, match=message):
+        train.train(tiny_config, tmp_path / "run")
+
+
+def test_accumulation_is_refused_where_examples_are_compared(tiny_config, tmp_path):
+    tiny_config.optimizer.accumulate, tiny_config.batch_size = 2, 16
+    with pytest.raises(InputError, match="contrastive and matching compare every example"):
         train.train(tiny_config, tmp_path / "run")
 
 

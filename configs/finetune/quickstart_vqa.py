@@ -9,8 +9,9 @@ from mmjax.errors import InputError
 
 def get_config(arg=None):
     config = quickstart.get_config()
-    config.total_steps = 450
-    config.optimizer.learning_rate = 7e-4
+    config.total_steps = 500
+    config.optimizer.learning_rate = 1e-3
+    config.checkpoint.every = config.eval.every = 250
     config.init_from = "runs/quickstart/pretrain"
     config.data.task = "questions"
     config.data.size = 40000
