@@ -6,7 +6,8 @@
 The checkpoint is a workdir of train.py (its latest checkpoint, or with @STEP or @best another one)
 or the folder of one checkpoint. The model, the tokenizer and the data come from the checkpoint's
 own config; the evaluation's data.source, data.root, data.split and data.size override them. The
-output folder gets report.json (`metrics`, their `units`, examples) and the examples' pictures;
+output folder gets report.json (`metrics`, their `units`, examples), the examples' pictures and, for
+questions, answers.json with every answer;
 `python -m mmjax.evaluation.report --help` merges reports and draws them as a page.
 """
 
@@ -72,12 +73,14 @@ def load_subject(
     assets = load_assets(checkpoint)
     trained = assets["config"]
     model = configuration.model_config(trained["model"])
+    ema = config.ema and trained["optimizer"]["ema_decay"] > 0
     subject = Subject(
         graph=graph_of(model),
-        params=load_parameters(checkpoint, abstract_params(model, mesh), ema=config.ema),
+        params=load_parameters(checkpoint, abstract_params(model, mesh), ema=ema),
         mesh=mesh,
         tokenizer=TextTokenizer.from_json(assets["tokenizer"]),
         batch_size=config.batch_size,
+        question_only=trained["question_only"],
         compiled={},
     )
     return subject, trained, model

@@ -44,6 +44,7 @@ from mmjax.training.step import make_eval_step
 
 def train(config: ConfigDict, workdir: Path) -> None:
     """Run a recipe to its last step, from wherever the workdir is."""
+    configuration.check(config)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.optimizer.accumulate)
     source = load_source(config.data.to_dict())
@@ -79,18 +80,24 @@ def train(config: ConfigDict, workdir: Path) -> None:
                             batch = to_device(next(batches), mesh)
                     monitor.observe(step, metrics)
 
-                    scores = None
                     ends = (
                         step == last_step
                         or bool(monitor.stop_reason)
                         or interruption.requested(step)
                     )
-                    with monitor.pause():
-                        if evaluator and (step % config.eval.every == 0 or step == last_step):
-                            scores = evaluator.score(state)
-                            monitor.scores(step, scores)
-                        best = bool(scores and config.checkpoint.best_metric)
-                        checkpointer.save(step, state, program.assets, scores, force=ends or best)
+                    evaluates = bool(evaluator) and (step % config.eval.every == 0 or ends)
+                    force = ends or (evaluates and bool(config.checkpoint.best_metric))
+                    if evaluates or checkpointer.due(step, force):
+                        with monitor.pause():
+                            monitor.require_finite(step)
+                            scores = None
+                            try:
+                                if evaluator and evaluates:
+                                    scores = evaluator.score(state)
+                                    monitor.scores(step, scores)
+                            finally:  # an evaluation that fails does not lose the steps before it
+                                force = force or (evaluates and not scores)
+                                checkpointer.save(step, state, program.assets, scores, force)
                     if ends:
                         break
     if monitor.stop_reason:
@@ -129,6 +136,11 @@ class Evaluator:
         data = evaluation_data(self.config, program.config.data.to_dict())
         self.evaluation = Evaluation.open(self.config, data, program.model)
         check_batch_size(self.config["batch_size"], program.mesh, key="eval.batch_size")
+        if not (self.evaluation.runs or self.config["losses"]):
+            raise InputError(
+                "eval.every is set, but there is nothing to evaluate: set eval.losses, "
+                "eval.retrieval.run, eval.matching.run or eval.vqa.run."
+            )
         self.eval_step = make_eval_step(program.objectives)
         self.compiled: dict = {}
 
@@ -141,6 +153,7 @@ class Evaluator:
             mesh=program.mesh,
             tokenizer=program.tokenizer,
             batch_size=self.config["batch_size"],
+            question_only=program.config.question_only,
             compiled=self.compiled,
         )
         scores = {}
@@ -151,7 +164,9 @@ class Evaluator:
                 program.model.answers,
                 question_only=program.config.question_only,
             )
-            scores = mean_losses(subject, self.eval_step, evaluation.source, transform)
+            scores = mean_losses(
+                subject, self.eval_step, evaluation.source, transform, evaluation.data
+            )
         return scores | evaluation.score(subject).metrics
 
 

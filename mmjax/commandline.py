@@ -59,20 +59,24 @@ def _parse(arguments: Sequence[str]) -> list[str]:  # type: ignore[return]
     except InputError as error:  # raised by a recipe
         _exit(str(error))
     except (AttributeError, KeyError) as error:
-        _exit(_unknown_key(arguments, error))
+        if (message := _unknown_key(arguments, error)) is None:
+            raise  # a mistake inside the recipe: its author needs the traceback
+        _exit(message)
     except (TypeError, ValueError) as error:
         _exit(f"a --config override does not fit: {error}")
     except OSError as error:
         _exit(f"--config: {error}")
 
 
-def _unknown_key(arguments: Sequence[str], error: BaseException) -> str:
+def _unknown_key(arguments: Sequence[str], error: BaseException) -> str | None:
     """The override that named a key the recipe has not, and what ml_collections suggests."""
     text = str(error).replace("\\n", "\n").strip("'\"")
     key, _, hint = text.partition("\n")
     key = key.strip("'\"\\")
     overrides = [a.split("=")[0].lstrip("-") for a in arguments if a.startswith("--config.")]
-    full = next((name for name in overrides if key in name.split(".")), key)
+    full = next((name for name in overrides if key in name.split(".")), None)
+    if full is None:
+        return None
     return f"{full} is no key of the config. {hint.strip()} Every key: mmjax/config.py.".replace(
         "  ", " "
     )

@@ -1,6 +1,6 @@
 """The keys of a run. A recipe (`configs/`) starts from `train_config()` and changes what differs.
 
-Every key that exists stands here with its meaning; `train.py --help` prints this file's comments.
+Every key that exists stands here with its meaning and its default.
 """
 
 import dataclasses
@@ -95,16 +95,16 @@ def train_config() -> ConfigDict:
 def evaluation_config() -> ConfigDict:
     """A run of eval.py: which evaluations, of which data, on which mesh."""
     config = _evaluations()
-    config.ema = False  # score the moving average of the parameters
+    config.ema = True  # score the moving average of the parameters, where there is one
     config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     return config
 
 
 def _evaluations() -> ConfigDict:
-    """What to score and on what. An empty or zero `data` key takes the training run's own value."""
+    """What to score and on what. An empty `data` key takes the training run's own value."""
     config = ConfigDict()
     config.batch_size = 64
-    config.data = ConfigDict({"source": "", "root": "", "split": "validation", "size": 0})
+    config.data = ConfigDict({"source": "", "root": "", "split": "validation", "size": 1000})
     config.retrieval = ConfigDict(
         {
             "run": False,
@@ -131,7 +131,7 @@ def _data() -> ConfigDict:
             "task": "captions",  # or 'questions'
             "root": "",  # the folder of a data set that comes as files
             "split": "train",
-            "size": 20000,  # records, of a source that draws them itself
+            "size": 0,  # the first so many records; 0: all (of scenes, 20,000)
             "image_size": 224,  # pixels a side
             "text_length": 40,  # tokens, [CLS] and [SEP] included
             "vocabulary": "",  # a WordPiece vocab.txt; '': trained on the training texts
@@ -144,6 +144,35 @@ def _data() -> ConfigDict:
             "workers": 0,  # processes that decode; 0: threads alone
         }
     )
+
+
+def check(config: ConfigDict) -> None:
+    """Refuse numbers that no run can have; what parts of the model need, they check themselves."""
+    for key, least in (
+        ("total_steps", 1),
+        ("batch_size", 1),
+        ("log.every", 1),
+        ("optimizer.accumulate", 1),
+        ("data.text_length", 3),
+        ("data.threads", 0),
+        ("data.workers", 0),
+        ("eval.every", 0),
+        *((f"objectives.{name}.weight", 0) for name in config.objectives),
+    ):
+        value = _at(config, key)
+        if value < least:
+            raise InputError(f"{key} is {value}; it is at least {least}.")
+    if config.checkpoint.best_metric and not config.eval.every:
+        raise InputError(
+            f"checkpoint.best_metric is {config.checkpoint.best_metric!r}, but nothing is "
+            "evaluated during training: set eval.every."
+        )
+
+
+def _at(config: ConfigDict, key: str) -> Any:
+    for part in key.split("."):
+        config = config[part]
+    return config
 
 
 def model_config(config: Mapping[str, Any]) -> ModelConfig:

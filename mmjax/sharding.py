@@ -48,6 +48,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"mesh: {' × '.join(f'{name} {size}' for name, size in sizes.items())} is {product} "
             f"devices, but there are {devices}. Make the product equal, or leave mesh.data at -1."
         )
+    if sizes["data"] * sizes["fsdp"] % jax.process_count():
+        raise InputError(
+            f"mesh: data × fsdp = {sizes['data'] * sizes['fsdp']} is no multiple of the "
+            f"{jax.process_count()} processes, so they could not share out the batch; lower "
+            "mesh.tensor."
+        )
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
     )

@@ -82,6 +82,12 @@ def test_questions_are_scored_beside_a_blind_model(tiny_config, tmp_path):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["units"]["vqa/accuracy"] == "percent"
     assert len(report["examples"]["vqa"]) == 5
+    answers = json.loads((tmp_path / "out" / "answers.json").read_text())
+    assert [row["question_id"] for row in answers] == list(range(20))
+    # Alone, the blind model is scored on what it was trained on: the same grey pictures.
+    config.vqa.question_only = ""
+    alone = scoring.evaluate(config, str(tmp_path / "blind"), tmp_path / "alone")
+    assert alone["vqa/accuracy"] == metrics["vqa/question_only_accuracy"]
     assert {"predicted", "question_only", "correct"} < report["examples"]["vqa"][0].keys()
 
 
@@ -93,7 +99,7 @@ def test_what_cannot_be_scored_is_refused(pretrained, tmp_path):
     with pytest.raises(InputError, match="merge the reports"):
         scoring.evaluate(config, str(pretrained), tmp_path / "out")
     config.retrieval.run = config.matching.run = False
-    with pytest.raises(InputError, match="no answering head"):
+    with pytest.raises(InputError, match=r"vqa needs a head .* model\.answers"):
         scoring.evaluate(config, str(pretrained), tmp_path / "out")
     config.vqa.run = False
     with pytest.raises(InputError, match="asks for no evaluation"):

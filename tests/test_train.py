@@ -14,7 +14,7 @@ import pytest
 
 import train
 from mmjax.errors import InputError
-from mmjax.training.checkpoints import load_assets, load_parameters
+from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +68,9 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     assert config["model"]["image"]["image_size"] == 64
     assert "text/token_embedding/embedding" in (tmp_path / "parameters.txt").read_text()
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
-    assert load_assets(f"{tmp_path}@best")["config"] == load_assets(tmp_path)["config"]
+    recalls = {line["step"]: line["eval/retrieval/image_to_text/R@1"] for line in evaluated}
+    best = max(recalls, key=lambda step: (recalls[step], step))  # the later of equals
+    assert int(find_checkpoint(f"{tmp_path}@best").name) == best
 
 
 def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(tiny_config, tmp_path):
@@ -89,6 +91,31 @@ def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(tiny_config,
     assert after["image"]["position_embedding"].shape == (10, 16)
     assert "answering" in after
     assert "answering" not in before
+
+
+@pytest.mark.parametrize("parts", [("image", "text", "fusion"), ("image",)])
+def test_bfloat16_trains_near_float32(tiny_config, tmp_path, parts):
+    tiny_config.total_steps = 2
+    train.train(tiny_config, tmp_path / "float32")
+    for part in parts:
+        tiny_config.model[part].dtype = "bfloat16"
+    train.train(tiny_config, tmp_path / "bfloat16")
+    np.testing.assert_allclose(
+        losses_of(tmp_path / "bfloat16"), losses_of(tmp_path / "float32"), rtol=0.02
+    )
+    for leaf in jax.tree.leaves(load_parameters(tmp_path / "bfloat16")):
+        assert leaf.dtype == np.float32
+
+
+def test_a_failing_evaluation_loses_no_steps(tiny_config, tmp_path, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no disk")
+
+    monkeypatch.setattr(train.Evaluator, "score", fail)
+    tiny_config.eval.every = 2
+    with pytest.raises(RuntimeError, match="no disk"):
+        train.train(tiny_config, tmp_path)
+    assert find_checkpoint(tmp_path).name == "2"
 
 
 def test_another_architecture_in_the_workdir_is_refused(tiny_config, tmp_path):
@@ -113,6 +140,9 @@ def test_another_architecture_in_the_workdir_is_refused(tiny_config, tmp_path):
         ("model.image.patch_size", 30, "image_size 64 is no multiple of patch_size 30"),
         ("init_from", "nowhere", "No checkpoint at .*nowhere"),
         ("data.vocabulary", "vocab.txt", "vocab.txt: the vocabulary cannot be read"),
+        ("log.every", 0, "log.every is 0; it is at least 1"),
+        ("objectives.matching.weight", -1.0, "weight is -1.0; it is at least 0"),
+        ("checkpoint.best_metric", "itm/roc_auc", "set eval.every"),
     ],
 )
 def test_bad_settings_say_what_to_do(tiny_config, tmp_path, key, value, message):
@@ -131,11 +161,14 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tiny_config, tm
     tiny_config.total_steps = 1
     train.train(tiny_config, tmp_path)
     tiny_config.total_steps = 4
-    tiny_config.optimizer.learning_rate = 1e30
+    # Every step would be saved, and none is looked at before the last one is logged.
+    tiny_config.log.every, tiny_config.checkpoint.every = 4, 1
+    tiny_config.optimizer.learning_rate = 1e38
     tiny_config.optimizer.schedule.kind = "constant"
     with pytest.raises(InputError, match="the run has diverged"):
         train.train(tiny_config, tmp_path)
-    assert int(sorted(p.name for p in (tmp_path / "checkpoints").iterdir())[-1]) == 1
+    for leaf in jax.tree.leaves(load_parameters(tmp_path)):
+        assert np.isfinite(leaf).all()
 
 
 @pytest.fixture

@@ -20,6 +20,6 @@ def get_config(arg=None):
     config.data.crop_scale = 0.5
     config.data.flip = True
     config.optimizer.schedule.warmup_steps = 60
-    config.eval.data.size = 0
+    config.data.size = config.eval.data.size = 0
     config.eval.every = 200
     return config

@@ -5,34 +5,46 @@ from typing import Any
 
 from mmjax.data.flickr8k import Flickr8k
 from mmjax.data.image import Augment
-from mmjax.data.pipeline import CaptionExample, QuestionExample, Source, Transform
+from mmjax.data.pipeline import CaptionExample, First, QuestionExample, Source, Transform
 from mmjax.data.scenes import SceneQuestions, Scenes
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError, near_misses
 
-SOURCES = ("scenes", "flickr8k")
 TASKS = ("captions", "questions")
+ALL_SCENES = 20_000  # scenes are drawn, so "all" of them is a choice
 
 
 def load_source(data: Mapping[str, Any]) -> Source:
-    """The records that `config.data` names.
+    """The records that `config.data` names; the first `data.size` of them, where it is not 0.
 
     Raises InputError for an unknown source or task, a source without that task, and whatever the
     source finds wrong with its files.
     """
-    source, task = data["source"], data["task"]
-    if task not in TASKS:
-        raise InputError(f"data.task is {task!r}.{near_misses(task, TASKS)}")
-    if source == "scenes":
-        kind = Scenes if task == "captions" else SceneQuestions
-        return kind(data["split"], data["size"], image_size=data["image_size"])
-    if source == "flickr8k":
-        if task != "captions":
-            raise InputError("Flickr8k has captions only: set data.task='captions'.")
-        if not data["root"]:
-            raise InputError("data.root is empty: give the folder of Flickr8k.")
-        return Flickr8k(data["root"], data["split"])
-    raise InputError(f"data.source is {source!r}.{near_misses(source, SOURCES)}")
+    if data["task"] not in TASKS:
+        raise InputError(f"data.task is {data['task']!r}.{near_misses(data['task'], TASKS)}")
+    if data["source"] not in SOURCES:
+        raise InputError(
+            f"data.source is {data['source']!r}.{near_misses(data['source'], SOURCES)}"
+        )
+    source = SOURCES[data["source"]](data)
+    return First(source, data["size"]) if 0 < data["size"] < len(source) else source
+
+
+def _scenes(data: Mapping[str, Any]) -> Source:
+    kind = Scenes if data["task"] == "captions" else SceneQuestions
+    return kind(data["split"], data["size"] or ALL_SCENES, image_size=data["image_size"])
+
+
+def _flickr8k(data: Mapping[str, Any]) -> Source:
+    if data["task"] != "captions":
+        raise InputError("Flickr8k has captions only: set data.task='captions'.")
+    if not data["root"]:
+        raise InputError("data.root is empty: give the folder of Flickr8k.")
+    return Flickr8k(data["root"], data["split"])
+
+
+# A new data set is a class with the methods of `Source`, and a line here.
+SOURCES = {"scenes": _scenes, "flickr8k": _flickr8k}
 
 
 def make_transform(

@@ -43,7 +43,7 @@ class Augment:
     def __post_init__(self):
         if not 0 < self.crop_scale <= 1:
             raise InputError(
-                "data.augment.crop_scale is a share of the picture's area, above 0 and at most 1, "
+                "data.crop_scale is a share of the picture's area, above 0 and at most 1, "
                 f"not {self.crop_scale}."
             )
 

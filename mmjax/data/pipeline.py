@@ -169,6 +169,24 @@ class TextExample:
         return {**_text_fields(self.tokenizer, "", self.text_length), "image_id": np.int32(-1)}
 
 
+@dataclass(frozen=True)
+class First:
+    """The first `size` records of a source."""
+
+    source: Source
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, row: int) -> Record:
+        return self.source[range(self.size)[row]]
+
+    def texts(self) -> Iterable[str]:
+        """Those of the whole source."""
+        return self.source.texts()
+
+
 class EveryCaption:
     """The captions of a source as a source of their own, a record each and without the picture.
 

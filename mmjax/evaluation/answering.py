@@ -1,6 +1,9 @@
 """Visual question answering, beside a model that never saw a picture."""
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,7 +14,7 @@ from mmjax.data.pipeline import Source
 from mmjax.errors import InputError
 from mmjax.evaluation.encoding import Pictures, Subject
 from mmjax.evaluation.metrics import soft_accuracy, soft_accuracy_by_type
-from mmjax.evaluation.report import Result
+from mmjax.evaluation.report import Result, write_atomically
 
 
 @dataclass(frozen=True)
@@ -40,11 +43,15 @@ class Answers:
 
 
 def answer_questions(
-    subject: Subject, source: Source, transform: Any, names: tuple[str, ...]
+    subject: Subject,
+    source: Source,
+    transform: Any,
+    names: tuple[str, ...],
+    data: Mapping[str, Any],
 ) -> Answers:
     """Answer every question whose picture can be read."""
     rows, probabilities = [], []
-    for batch in subject.batches(source, transform):
+    for batch in subject.batches(source, transform, data):
         fields = ("image", "text", "text_mask", "index", "valid")
         outputs = subject.run("answer", _answer, {key: batch[key] for key in fields})
         rows.append(outputs["index"][outputs["valid"]])
@@ -67,7 +74,11 @@ def score_answers(
     truth = [record["answers"] for record in records]
     types = [record["question_type"] for record in records]
     best = answers.best
-    metrics = {"vqa/accuracy": soft_accuracy(best, truth), "vqa/questions": len(best)}
+    metrics = {
+        "vqa/accuracy": soft_accuracy(best, truth),
+        "vqa/questions": len(best),
+        "vqa/bad_records": len(source) - len(best),
+    }
     by_type = soft_accuracy_by_type(best, truth, types)
     metrics |= {f"vqa/accuracy/{kind}": accuracy for kind, accuracy in by_type.items()}
     if question_only is not None:
@@ -76,8 +87,18 @@ def score_answers(
         metrics["vqa/question_only_accuracy"] = soft_accuracy(blind, truth)
         by_type = soft_accuracy_by_type(blind, truth, types)
         metrics |= {f"vqa/question_only_accuracy/{kind}": a for kind, a in by_type.items()}
-    units = {name: "count" if name == "vqa/questions" else "percent" for name in metrics}
+    counts = ("vqa/questions", "vqa/bad_records")
+    units = {name: "count" if name in counts else "percent" for name in metrics}
     return Result(metrics, units), records  # type: ignore[arg-type]
+
+
+def write_answers(path: Path, records: list[dict[str, Any]], answers: Answers) -> None:
+    """Every answer as JSON, in the form that VQA's servers take, with its confidence."""
+    rows = [
+        {"question_id": record["question_id"], **answers.top(question, 1)[0]}
+        for question, record in enumerate(records)
+    ]
+    write_atomically(path, json.dumps(rows, indent=0))
 
 
 def answering_examples(

@@ -29,6 +29,7 @@ class Subject:
     mesh: Mesh
     tokenizer: TextTokenizer
     batch_size: int
+    question_only: bool  # it was trained on grey pictures, and is scored on them
     compiled: dict[str, Callable[..., Any]]  # shared between evaluations of the same structure
 
     def run(
@@ -46,14 +47,20 @@ class Subject:
         inputs = (to_device(part, self.mesh) for part in batch)
         return jax.tree.map(np.asarray, self.compiled[name](self.params, *inputs))
 
-    def batches(self, source: Source, transform: Any) -> Iterator[Batch]:
-        """This process's rows of one pass over a source."""
+    def batches(
+        self, source: Source, transform: Any, reading: Mapping[str, Any] | None = None
+    ) -> Iterator[Batch]:
+        """This process's rows of one pass over a source; `reading` is its data config."""
+        reading = reading or {"on_bad_record": "replace", "threads": 2, "workers": 0}
         batches = evaluation_batches(
             source,
             transform,
             batch_size=self.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
+            on_bad_record=reading["on_bad_record"],
+            threads=reading["threads"],
+            workers=reading["workers"],
         )
         try:
             yield from batches
@@ -104,21 +111,22 @@ class Gallery:
 
 
 def encode_gallery(
-    subject: Subject, source: Source, transform: Any, text_length: int, captions: int = 0
+    subject: Subject, source: Source, transform: Any, data: Mapping[str, Any], captions: int = 0
 ) -> Gallery:
     """Encode all pictures of a source and its captions (the first `captions` of each; 0: all).
 
+    `data` is the data config: the length of texts, and how to read.
     A picture that cannot be read is left out, its captions with it, and counted.
     """
     pictures = _encode(
-        subject, "encode_image", _encode_image, subject.batches(source, transform), ["image"]
+        subject, "encode_image", _encode_image, subject.batches(source, transform, data), ["image"]
     )
     texts = EveryCaption(source, captions)
     words = _encode(
         subject,
         "encode_text",
         _encode_text,
-        subject.batches(texts, TextExample(subject.tokenizer, text_length)),
+        subject.batches(texts, TextExample(subject.tokenizer, data["text_length"])),
         ["text", "text_mask"],
     )
     readable = np.isin(words["image_id"], pictures["image_id"])

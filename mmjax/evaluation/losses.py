@@ -1,6 +1,6 @@
 """The training objectives on held-out data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mmjax.data.pipeline import Source
@@ -8,7 +8,11 @@ from mmjax.evaluation.encoding import Subject
 
 
 def mean_losses(
-    subject: Subject, eval_step: Callable[..., Any], source: Source, transform: Any
+    subject: Subject,
+    eval_step: Callable[..., Any],
+    source: Source,
+    transform: Any,
+    data: Mapping[str, Any],
 ) -> dict[str, float]:
     """Every loss and metric over one pass, each a sum over its weight: 'contrastive/loss', ….
 
@@ -16,7 +20,7 @@ def mean_losses(
     depends on the evaluation's batch size, which is the number of candidates.
     """
     sums: dict[str, tuple[float, float]] = {}
-    for batch in subject.batches(source, transform):
+    for batch in subject.batches(source, transform, data):
         outputs = subject.run("losses", eval_step, batch)
         for name, (total, weight) in outputs.items():
             before = sums.get(name, (0.0, 0.0))

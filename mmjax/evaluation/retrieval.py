@@ -74,7 +74,9 @@ def _rerank(
     queries, candidates = np.repeat(np.arange(len(best)), k), best.reshape(-1)
     pairs = (queries, candidates) if images_are_queries else (candidates, queries)
     scores = similarity.astype(np.float64)
-    scores[queries, candidates] = _RERANKED + match_pairs(subject, gallery, *pairs)
+    scores[queries, candidates] = _RERANKED + match_pairs(subject, gallery, *pairs).astype(
+        np.float64
+    )
     return scores
 
 

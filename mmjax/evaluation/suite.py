@@ -5,10 +5,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mmjax.data import load_source, make_transform
 from mmjax.data.pipeline import Source
 from mmjax.errors import InputError
-from mmjax.evaluation.answering import answer_questions, answering_examples, score_answers
+from mmjax.evaluation.answering import (
+    Answers,
+    answer_questions,
+    answering_examples,
+    score_answers,
+    write_answers,
+)
 from mmjax.evaluation.encoding import Pictures, Subject, encode_gallery
 from mmjax.evaluation.matching import attention_examples, matching_examples, score_matching
 from mmjax.evaluation.report import Result
@@ -46,6 +54,12 @@ class Evaluation:
                 "vqa needs questions, retrieval and matching need captions: evaluate them in two "
                 "runs and merge the reports (python -m mmjax.evaluation.report --help)."
             )
+        for name in needed:
+            # Retrieval embeds pictures and texts, and matching encodes as retrieval does.
+            head = "answers" if name == "vqa" else "embedding_width"
+            for field in {head, "matching"} if name == "matching" else {head}:
+                if not getattr(model, field):
+                    raise InputError(f"{name} needs a head that the model lacks: model.{field}.")
         data = {**data, "task": task if needed else data["task"]}
         return cls(config, data, model, load_source(data))
 
@@ -71,9 +85,7 @@ class Evaluation:
     def _captions(self, subject: Subject, folder: Path | None) -> Result:
         retrieval, matching = self.config["retrieval"], self.config["matching"]
         transform = make_transform(self.data, subject.tokenizer)
-        gallery = encode_gallery(
-            subject, self.source, transform, self.data["text_length"], retrieval["captions"]
-        )
+        gallery = encode_gallery(subject, self.source, transform, self.data, retrieval["captions"])
         pictures = None if folder is None else Pictures(folder, self.source, transform)
         result = Result({}, {})
         if retrieval["run"]:
@@ -94,17 +106,21 @@ class Evaluation:
     def _questions(
         self, subject: Subject, folder: Path | None, question_only: Subject | None
     ) -> Result:
-        names = self.model.answers
-        transform = make_transform(self.data, subject.tokenizer, names)
-        answers = answer_questions(subject, self.source, transform, names)
-        blind = None
-        if question_only is not None:
-            grey = make_transform(self.data, question_only.tokenizer, names, question_only=True)
-            blind = answer_questions(question_only, self.source, grey, names)
+        answers, transform = self._answers(subject)
+        blind = None if question_only is None else self._answers(question_only)[0]
         result, records = score_answers(self.source, answers, blind)
         if folder is None:
             return result
+        if jax.process_index() == 0:
+            write_answers(folder / "answers.json", records, answers)
         pictures = Pictures(folder, self.source, transform)
         count = self.config["vqa"]["examples"]
         examples = answering_examples(records, answers, blind, pictures, count)
         return result.merge(Result({}, {}, {"vqa": examples}))
+
+    def _answers(self, subject: Subject) -> tuple[Answers, Any]:
+        names = self.model.answers
+        transform = make_transform(
+            self.data, subject.tokenizer, names, question_only=subject.question_only
+        )
+        return answer_questions(subject, self.source, transform, names, self.data), transform

@@ -163,7 +163,9 @@ class CoAttention(nnx.Module):
         return self.blocks.run(call, self._enter(image, text))[1]
 
     def _enter(self, image: Encoded, text: Encoded):
-        image_tokens, text_tokens = jnp.asarray(image.tokens), jnp.asarray(text.tokens)
+        dtype = jnp.dtype(self.config.dtype)  # the encoders may compute in another
+        image_tokens = jnp.asarray(image.tokens, dtype)
+        text_tokens = jnp.asarray(text.tokens, dtype)
         if self.image_projection is not None and self.text_projection is not None:
             image_tokens = self.image_projection(image_tokens)
             text_tokens = self.text_projection(text_tokens)

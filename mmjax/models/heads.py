@@ -1,4 +1,8 @@
-"""What sits on top of the features: one small module for each thing that is predicted."""
+"""What sits on top of the features: one small module for each thing that is predicted.
+
+The last layer of each computes in float32 whatever the model does: scores rounded to bfloat16 would
+tie, and 3.14 is as near as they get.
+"""
 
 import jax.numpy as jnp
 from flax import nnx
@@ -15,9 +19,9 @@ class ContrastiveHead(nnx.Module):
     `optimizer.bounds` keeps it below 100 as there.
     """
 
-    def __init__(self, image_width: int, text_width: int, width: int, dtype: str, rngs: nnx.Rngs):
-        self.image_projection = linear(image_width, width, dtype, rngs)
-        self.text_projection = linear(text_width, width, dtype, rngs)
+    def __init__(self, image_width: int, text_width: int, width: int, rngs: nnx.Rngs):
+        self.image_projection = linear(image_width, width, "float32", rngs)
+        self.text_projection = linear(text_width, width, "float32", rngs)
         self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
 
     def image(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
@@ -37,12 +41,12 @@ class ContrastiveHead(nnx.Module):
 class MatchingHead(nnx.Module):
     """Does the text belong to the picture? Two logits, the second for yes."""
 
-    def __init__(self, width: int, dtype: str, rngs: nnx.Rngs):
-        self.classifier = linear(width, 2, dtype, rngs)
+    def __init__(self, width: int, rngs: nnx.Rngs):
+        self.classifier = linear(width, 2, "float32", rngs)
 
     def __call__(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch 2"]:
         """Logits of no and yes, float32."""
-        return self.classifier(pooled).astype(jnp.float32)
+        return self.classifier(pooled)
 
 
 class MaskedLanguageHead(nnx.Module):
@@ -70,12 +74,12 @@ class AnsweringHead(nnx.Module):
     def __init__(self, width: int, hidden: int, answers: int, dtype: str, rngs: nnx.Rngs):
         self.hidden = linear(width, hidden, dtype, rngs)
         self.norm = layer_norm(hidden, 1e-5, dtype, rngs)
-        self.classifier = linear(hidden, answers, dtype, rngs)
+        self.classifier = linear(hidden, answers, "float32", rngs)
 
     def __call__(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch answers"]:
         """Logits of every answer, float32."""
         x = ACTIVATIONS["gelu"](self.norm(self.hidden(pooled)))
-        return self.classifier(x).astype(jnp.float32)
+        return self.classifier(x)
 
 
 def _unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:

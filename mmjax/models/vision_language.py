@@ -60,11 +60,11 @@ class VisionLanguageModel(nnx.Module):
         )
         pooled, width = self.fusion.pooled_width, config.fusion.width
         self.contrastive = (
-            ContrastiveHead(image.width, text.width, config.embedding_width, dtype, rngs)
+            ContrastiveHead(image.width, text.width, config.embedding_width, rngs)
             if config.embedding_width
             else None
         )
-        self.matching = MatchingHead(pooled, dtype, rngs) if config.matching else None
+        self.matching = MatchingHead(pooled, rngs) if config.matching else None
         self.masked_language = (
             MaskedLanguageHead(width, text, dtype, rngs) if config.masked_language else None
         )

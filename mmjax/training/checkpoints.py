@@ -94,6 +94,11 @@ class Checkpointer:
         """The last of `steps`, or None where there is no checkpoint."""
         return max(self.steps, default=None)
 
+    def due(self, step: int, force: bool = False) -> bool:
+        """Whether `save` would write: on schedule or forced, and not there yet."""
+        on_schedule = self._every > 0 and step % self._every == 0
+        return (force or on_schedule) and step not in self.steps
+
     def save(
         self,
         step: int,
@@ -121,8 +126,7 @@ class Checkpointer:
         Raises:
             InputError: `best_metric` is not among the metrics (the checkpoint is written still).
         """
-        due = force or (self._every > 0 and step % self._every == 0)
-        if not due or step in self.steps:
+        if not self.due(step, force):
             return False
         # Orbax's own schedule skips a save while another runs; forced, it waits for the other.
         self._orbax.save_checkpointables_async(

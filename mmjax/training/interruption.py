@@ -13,7 +13,8 @@ class Interruption:
     """Turns Ctrl-C and the scheduler's SIGTERM into a request that the loop asks for.
 
     A second signal acts as it always did, so that a stuck run can be stopped. With several
-    processes all of them agree on the step (Cloud TPU and SLURM signal any of them first).
+    processes jax itself listens for SIGTERM and lets all of them agree on the step; Ctrl-C then
+    ends a process at once, as the others could not know of it.
     """
 
     def __init__(self) -> None:
@@ -27,7 +28,7 @@ class Interruption:
         return self._requested
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, signal.SIGTERM) if jax.process_count() == 1 else ():
             self._before[number] = signal.signal(number, self._handle)
         return self
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import jax
 import numpy as np
@@ -62,7 +62,7 @@ class Monitor:
         self._matching_prior = MatchingPrior()
         self._pending: list[Mapping[str, jax.Array]] = []
         self._bad_records = 0
-        self._profiling = False
+        self._profiling = self._profiled = False
 
     def observe(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Take the (unfetched) metrics of a step that was just dispatched; log where it is time.
@@ -95,7 +95,8 @@ class Monitor:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time within is not training time."""
+        """Time within is not training time; the steps before have finished when it begins."""
+        jax.block_until_ready(self._pending)
         with self._watch.pause():
             yield
 
@@ -105,12 +106,7 @@ class Monitor:
         self._bad_records += int(sum(metrics["bad_records"] for metrics in fetched))
         means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         means["bad_records"] = self._bad_records
-        if not math.isfinite(means["loss"]):
-            raise InputError(
-                f"the loss is {means['loss']} at step {step}: the run has diverged. Resume from "
-                f"the last checkpoint in {self.workdir} with a lower optimizer.learning_rate, a "
-                "longer warm-up, or optimizer.clip_norm."
-            )
+        self._require_finite(step, means)
         if warning := self._matching_prior.observe(step, means):
             logging.warning("%s", warning)
             means["warnings/matching_prior"] = 1.0
@@ -119,6 +115,20 @@ class Monitor:
         means |= self._watch.lap(len(fetched))
         self._pending.clear()
         return {f"train/{name}": value for name, value in means.items()}
+
+    def require_finite(self, step: int) -> None:
+        """Raise InputError where this step's update is no number: called before it is saved."""
+        if self._pending:
+            self._require_finite(step, jax.device_get(self._pending[-1]))
+
+    def _require_finite(self, step: int, metrics: Mapping[str, Any]) -> None:
+        for name in ("loss", "gradient_norm", "parameter_norm"):
+            if not math.isfinite(metrics[name]):
+                raise InputError(
+                    f"the {name.replace('_', ' ')} is {metrics[name]} at step {step}: the run has "
+                    f"diverged. Resume from the last checkpoint in {self.workdir} with a lower "
+                    "optimizer.learning_rate, a longer warm-up, or optimizer.clip_norm."
+                )
 
     def _check_bad_records(self, step: int) -> None:
         """More bad records than the allowed share of the data, or of the examples drawn so far."""
@@ -144,7 +154,7 @@ class Monitor:
     def _end_profile(self) -> None:
         jax.block_until_ready(self._pending)
         jax.profiler.stop_trace()
-        self._profiling = False
+        self._profiling, self._profiled = False, True
         logging.info("Wrote a profiler trace to %s.", self.workdir / "profile")
 
     def __enter__(self) -> Self:
@@ -160,5 +170,7 @@ class Monitor:
     ) -> None:
         if self._profiling:
             self._end_profile()
+        elif self.config.log.profile and not self._profiled:
+            logging.warning("No profile was written: the run ended before its fifth step.")
         self._bar.__exit__(kind, error, trace)
         self._writer.__exit__(kind, error, trace)

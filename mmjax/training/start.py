@@ -77,6 +77,9 @@ def start_state(
         logging.info("Starting from scratch.")
         return state
     loaded = load_parameters(config.init_from)
+    if tuple(load_assets(config.init_from)["config"]["model"]["answers"]) != model.answers:
+        # The same column would mean another answer.
+        loaded.get("answering", {}).pop("classifier", None)
     params, report = merge_parameters(state.params, loaded, resize=_resize)
     logging.info("Initialising from %s: %s", config.init_from, report)
     return state_from_params(params, optimizer, mesh, ema=ema)
