@@ -1,12 +1,14 @@
 """What train.py and eval.py share: flags, and errors that people can act on."""
 
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import absl.logging
+import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
@@ -25,10 +27,18 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
         "config", None, "The recipe, a file in configs/; --config.KEY=VALUE overrides."
     )
     flags.mark_flag_as_required("config")
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "Join the run's other processes: those of a TPU pod, SLURM or MPI job, or as the variables "
+        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say.",
+    )
 
     def guarded(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _exit(f"unexpected argument {arguments[1]!r}: flags are written --name=value.")
+        if flags.FLAGS.distributed:
+            _join_processes()
         try:
             main(config.value)
         except InputError as error:
@@ -40,6 +50,15 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", datefmt="%H:%M:%S"))
     handler.addFilter(_is_ours_or_serious)
     app.run(guarded, flags_parser=_parse)
+
+
+def _join_processes() -> None:
+    """Join the run's other processes. jax knows clusters, but reads one variable of the three."""
+    number, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    if number is None or index is None:
+        jax.distributed.initialize()
+    else:
+        jax.distributed.initialize(num_processes=int(number), process_id=int(index))
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:
