@@ -11,9 +11,9 @@ their meaning and default stand in mmjax/config.py. The common ones:
     optimizer.learning_rate, .schedule.kind   mesh.data, mesh.fsdp, mesh.tensor
     eval.every, checkpoint.every              log.every, log.wandb_project, log.profile
 
-The workdir gets config.json, parameters.txt, metrics.jsonl, tensorboard/ and checkpoints/. Started
-again with the same workdir, a run resumes from its last checkpoint; Ctrl-C and SIGTERM write one
-and stop.
+The workdir gets config.json, tokenizer.json, parameters.txt, metrics.jsonl, tensorboard/ and
+checkpoints/. Started again with the same workdir, a run resumes from its last checkpoint; Ctrl-C
+and SIGTERM write one and stop.
 """
 
 from contextlib import closing
@@ -61,7 +61,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         program = Program.build(config, tokenizer, mesh)
         evaluator = Evaluator(program) if config.eval.every else None
         state = start_state(config, program.model, program.optimizer, mesh, checkpointer)
-        write_description(config, state, workdir)
+        write_description(program, state, workdir)
 
         first_step, last_step = int(state.step), config.total_steps
         if first_step >= last_step:
@@ -80,28 +80,41 @@ def train(config: ConfigDict, workdir: Path) -> None:
                             batch = to_device(next(batches), mesh)
                     monitor.observe(step, metrics)
 
-                    ends = (
-                        step == last_step
-                        or bool(monitor.stop_reason)
-                        or interruption.requested(step)
-                    )
-                    evaluates = bool(evaluator) and (step % config.eval.every == 0 or ends)
-                    force = ends or (evaluates and bool(config.checkpoint.best_metric))
-                    if evaluates or checkpointer.due(step, force):
-                        with monitor.pause():
-                            monitor.require_finite(step)
-                            scores = None
-                            try:
-                                if evaluator and evaluates:
-                                    scores = evaluator.score(state)
-                                    monitor.scores(step, scores)
-                            finally:  # an evaluation that fails does not lose the steps before it
-                                force = force or (evaluates and not scores)
-                                checkpointer.save(step, state, program.assets, scores, force)
+                    ends = step == last_step or bool(monitor.stop_reason)
+                    ends = ends or interruption.requested(step)
+                    evaluate_and_save(step, state, program, evaluator, checkpointer, monitor, ends)
                     if ends:
                         break
     if monitor.stop_reason:
         raise InputError(monitor.stop_reason)
+
+
+def evaluate_and_save(
+    step: int,
+    state: TrainState,
+    program: Program,
+    evaluator: "Evaluator | None",
+    checkpointer: Checkpointer,
+    monitor: Monitor,
+    ends: bool,
+) -> None:
+    """What is due after a step; a checkpoint in any case where the run ends with it."""
+    config, scores = program.config, None
+    evaluates = evaluator is not None and (
+        step % config.eval.every == 0 or step == config.total_steps
+    )
+    force = ends or (evaluates and bool(config.checkpoint.best_metric))
+    if not evaluates and not checkpointer.due(step, force):
+        return
+    with monitor.pause():
+        monitor.require_finite(step)
+        try:
+            if evaluator is not None and evaluates:
+                scores = evaluator.score(state)
+                monitor.scores(step, scores)
+        finally:  # an evaluation that fails does not lose the steps before it
+            failed = evaluates and scores is None
+            checkpointer.save(step, state, program.assets, scores, force=force or failed)
 
 
 def open_batches(program: Program, source: Source, first_step: int):
@@ -170,12 +183,13 @@ class Evaluator:
         return scores | evaluation.score(subject).metrics
 
 
-def write_description(config: ConfigDict, state: TrainState, workdir: Path) -> None:
-    """The resolved config and what every parameter gets, for people."""
+def write_description(program: Program, state: TrainState, workdir: Path) -> None:
+    """The resolved config, the tokenizer, and what every parameter gets."""
     logging.info("%s", parameter_counts(state.params))
     if jax.process_index() == 0:
-        configuration.save(config, workdir / "config.json")
-        table = optimizer_table(config.optimizer.to_dict(), state.params)
+        configuration.save(program.config, workdir / "config.json")
+        (workdir / "tokenizer.json").write_text(program.tokenizer.to_json())
+        table = optimizer_table(program.config.optimizer.to_dict(), state.params)
         (workdir / "parameters.txt").write_text(table + "\n")
 
 

@@ -80,6 +80,12 @@ class LayerConfig:
             if (value := getattr(self, key)) not in known:
                 raise InputError(f"{name}: {key} is {value!r}.{near_misses(value, known)}")
 
+    def fill_widths(self, width: int, depth: int, heads: int, mlp_width: int) -> None:
+        """Take a named size's widths where none was given. Only for `__post_init__`."""
+        given = {"width": width, "depth": depth, "heads": heads, "mlp_width": mlp_width}
+        for key, value in given.items():
+            object.__setattr__(self, key, getattr(self, key) or value)
+
 
 def linear(
     inputs: int, outputs: int | tuple[int, ...], dtype: str, rngs: nnx.Rngs

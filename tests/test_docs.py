@@ -16,10 +16,8 @@ def build():
     return module
 
 
-def reports(name, run):
-    """The recorded report, and that of a run in this checkout if there is one."""
-    paths = [ROOT / "docs" / "results" / f"{name}.json", ROOT / run / "report.json"]
-    return [json.loads(path.read_text()) for path in paths if path.exists()]
+def recorded(name):
+    return json.loads((ROOT / "docs" / "results" / f"{name}.json").read_text())
 
 
 def test_generated_tables_are_up_to_date():
@@ -31,30 +29,29 @@ def test_generated_tables_are_up_to_date():
 
 
 def test_the_quickstart_reached_what_it_must():
-    found = reports("quickstart", "runs/quickstart")
-    assert found
-    for report in found:
-        metrics, units = report["metrics"], report["units"]
-        assert metrics.keys() == units.keys()
-        assert metrics["retrieval/gallery_size"] == 500
-        chance = 100 / 500
-        assert metrics["retrieval/image_to_text/R@1"] >= 50 * chance
-        assert metrics["retrieval/text_to_image/R@1"] >= 50 * chance
-        assert metrics["itm/roc_auc"] >= 0.9
-        assert metrics["vqa/accuracy"] >= metrics["vqa/question_only_accuracy"] + 20
-        for name in ("image_to_text", "text_to_image"):
-            for k in (1, 5, 10):
-                assert units[f"retrieval/{name}/R@{k}"] == "percent"
-                assert f"retrieval/reranked/{name}/R@{k}" in metrics
-            assert units[f"retrieval/median_rank/{name}"] == "count"
-        assert units["itm/roc_auc"] == "fraction"
+    report = recorded("quickstart")
+    metrics, units = report["metrics"], report["units"]
+    assert metrics.keys() == units.keys()
+    assert metrics["retrieval/gallery_size"] == 500
+    chance = 100 / 500
+    assert metrics["retrieval/image_to_text/R@1"] >= 50 * chance
+    assert metrics["retrieval/text_to_image/R@1"] >= 50 * chance
+    assert metrics["itm/roc_auc"] >= 0.9
+    assert metrics["vqa/accuracy"] >= metrics["vqa/question_only_accuracy"] + 20
+    for name in ("image_to_text", "text_to_image"):
+        for k in (1, 5, 10):
+            assert units[f"retrieval/{name}/R@{k}"] == "percent"
+            assert f"retrieval/reranked/{name}/R@{k}" in metrics
+        assert units[f"retrieval/median_rank/{name}"] == "count"
+    assert units["itm/roc_auc"] == "fraction"
 
 
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
 def test_real_photographs_are_above_chance(direction):
-    (report,) = reports("flickr8k", "runs/none")
-    metrics = report["metrics"]
-    chance = 100 / metrics["retrieval/gallery_size"]
-    assert metrics[f"retrieval/{direction}/R@1"] > chance
-    assert metrics[f"retrieval/{direction}/R@10"] > 10 * chance
-    assert metrics["itm/roc_auc"] > 0.5
+    metrics = recorded("flickr8k")["metrics"]
+    assert metrics["retrieval/gallery_size"] == 200
+    # Half a percent is first by chance; this is three standard deviations above it.
+    queries = 200 if direction == "image_to_text" else 1000
+    spread = 100 * (0.005 * 0.995 / queries) ** 0.5
+    assert metrics[f"retrieval/{direction}/R@1"] > 0.5 + 3 * spread
+    assert metrics["itm/roc_auc"] > 0.55

@@ -42,10 +42,7 @@ class BertConfig(LayerConfig):
                 raise InputError(
                     f"text size {self.size!r} is unknown.{near_misses(self.size, SIZES)}"
                 )
-            for key, value in zip(
-                ("width", "depth", "heads", "mlp_width"), SIZES[self.size], strict=True
-            ):
-                object.__setattr__(self, key, getattr(self, key) or value)
+            self.fill_widths(*SIZES[self.size])
         super().__post_init__()
 
 

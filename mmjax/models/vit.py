@@ -52,10 +52,7 @@ class ViTConfig(LayerConfig):
                     f"image size {self.size!r} is unknown: it reads 'WIDTH/PATCH', as B/16."
                     + near_misses(letters, SIZES)
                 )
-            for key, value in zip(
-                ("width", "depth", "heads", "mlp_width"), SIZES[letters], strict=True
-            ):
-                object.__setattr__(self, key, getattr(self, key) or value)
+            self.fill_widths(*SIZES[letters])
             object.__setattr__(self, "patch_size", self.patch_size or int(patch))
         super().__post_init__()
         if self.patch_size < 1 or self.image_size % self.patch_size:

@@ -1,7 +1,7 @@
 """Stopping between two steps instead of in the middle of one."""
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any, Self
 
 import jax
@@ -32,12 +32,7 @@ class Interruption:
             self._before[number] = signal.signal(number, self._handle)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self._restore()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:

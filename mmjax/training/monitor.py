@@ -4,7 +4,6 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import jax
@@ -162,15 +161,10 @@ class Monitor:
         self._bar.__enter__()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         if self._profiling:
             self._end_profile()
         elif self.config.log.profile and not self._profiled:
             logging.warning("No profile was written: the run ended before its fifth step.")
-        self._bar.__exit__(kind, error, trace)
-        self._writer.__exit__(kind, error, trace)
+        self._bar.__exit__(*error)
+        self._writer.__exit__(*error)
