@@ -101,10 +101,10 @@ def evaluation_config() -> ConfigDict:
 
 
 def _evaluations() -> ConfigDict:
-    """What to score and on what. An empty `data` key takes the training run's own value."""
+    """What to score and on what. An empty `data` key takes the training run's value, but `data.size` its own default."""
     config = ConfigDict()
     config.batch_size = 64
-    config.data = ConfigDict({"source": "", "root": "", "split": "validation", "size": 1000})
+    config.data = ConfigDict({"source": "", "root": "", "split": "validation", "size": 0})
     config.retrieval = ConfigDict(
         {
             "run": False,
@@ -131,7 +131,7 @@ def _data() -> ConfigDict:
             "task": "captions",  # or 'questions'
             "root": "",  # the folder of a data set that comes as files
             "split": "train",
-            "size": 0,  # the first so many records; 0: all (of scenes, 20,000)
+            "size": 0,  # the first so many records; 0: all (of scenes 20,000, or 1,000 to evaluate)
             "image_size": 224,  # pixels a side
             "text_length": 40,  # tokens, [CLS] and [SEP] included
             "vocabulary": "",  # a WordPiece vocab.txt; '': trained on the training texts

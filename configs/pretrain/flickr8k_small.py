@@ -12,7 +12,7 @@ from configs import quickstart
 
 def get_config(arg=None):
     config = quickstart.get_config()
-    config.total_steps = 600
+    config.total_steps = 400
     config.data.source = "flickr8k"
     config.data.image_size = 112
     config.data.text_length = 32
@@ -20,6 +20,6 @@ def get_config(arg=None):
     config.data.crop_scale = 0.5
     config.data.flip = True
     config.optimizer.schedule.warmup_steps = 60
-    config.data.size = config.eval.data.size = 0
-    config.eval.every = 200
+    config.eval.data.size = 0
+    config.eval.every = 100
     return config

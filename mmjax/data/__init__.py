@@ -11,7 +11,8 @@ from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError, near_misses
 
 TASKS = ("captions", "questions")
-ALL_SCENES = 20_000  # scenes are drawn, so "all" of them is a choice
+# Scenes are drawn, so "all" of them is a choice.
+TRAINING_SCENES, OTHER_SCENES = 20_000, 1_000
 
 
 def load_source(data: Mapping[str, Any]) -> Source:
@@ -32,7 +33,8 @@ def load_source(data: Mapping[str, Any]) -> Source:
 
 def _scenes(data: Mapping[str, Any]) -> Source:
     kind = Scenes if data["task"] == "captions" else SceneQuestions
-    return kind(data["split"], data["size"] or ALL_SCENES, image_size=data["image_size"])
+    every = TRAINING_SCENES if data["split"] == "train" else OTHER_SCENES
+    return kind(data["split"], data["size"] or every, image_size=data["image_size"])
 
 
 def _flickr8k(data: Mapping[str, Any]) -> Source:

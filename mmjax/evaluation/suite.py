@@ -25,8 +25,9 @@ from mmjax.models import ModelConfig
 
 
 def evaluation_data(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
-    """The training run's `data` with what the evaluation's own `data` sets."""
-    return {**data, **{key: value for key, value in evaluation["data"].items() if value}}
+    """The training run's `data` with what the evaluation's own `data` sets, and always its size."""
+    own = evaluation["data"]
+    return {**data, **{key: value for key, value in own.items() if value}, "size": own["size"]}
 
 
 @dataclass(frozen=True)
