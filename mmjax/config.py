@@ -101,7 +101,7 @@ def evaluation_config() -> ConfigDict:
 
 
 def _evaluations() -> ConfigDict:
-    """What to score and on what. An empty `data` key takes the training run's value, but `data.size` its own default."""
+    """What to score and on what. An empty `data` key takes the training run's, except the size."""
     config = ConfigDict()
     config.batch_size = 64
     config.data = ConfigDict({"source": "", "root": "", "split": "validation", "size": 0})
