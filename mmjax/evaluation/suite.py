@@ -24,6 +24,14 @@ from mmjax.evaluation.retrieval import retrieval_examples, score_retrieval
 from mmjax.models import ModelConfig
 
 
+# The fields of ModelConfig whose heads an evaluation asks; matching encodes as retrieval does.
+HEADS = {
+    "retrieval": ("embedding_width",),
+    "matching": ("embedding_width", "matching"),
+    "vqa": ("answers",),
+}
+
+
 def evaluation_data(evaluation: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, Any]:
     """The training run's `data` with what the evaluation's own `data` sets, and always its size."""
     own = evaluation["data"]
@@ -48,7 +56,7 @@ class Evaluation:
         cls, config: Mapping[str, Any], data: Mapping[str, Any], model: ModelConfig
     ) -> "Evaluation":
         """Open the data; InputError where what is asked for and the data do not go together."""
-        needed = {name for name in ("retrieval", "matching", "vqa") if config[name]["run"]}
+        needed = {name for name in HEADS if config[name]["run"]}
         task = "questions" if needed == {"vqa"} else "captions"
         if "vqa" in needed and len(needed) > 1:
             raise InputError(
@@ -56,18 +64,18 @@ class Evaluation:
                 "runs and merge the reports (python -m mmjax.evaluation.report --help)."
             )
         for name in needed:
-            # Retrieval embeds pictures and texts, and matching encodes as retrieval does.
-            head = "answers" if name == "vqa" else "embedding_width"
-            for field in {head, "matching"} if name == "matching" else {head}:
+            for field in HEADS[name]:
                 if not getattr(model, field):
                     raise InputError(f"{name} needs a head that the model lacks: model.{field}.")
+        if "retrieval" in needed and config["retrieval"]["rerank"] and not model.matching:
+            raise InputError("retrieval.rerank needs a head that the model lacks: model.matching.")
         data = {**data, "task": task if needed else data["task"]}
         return cls(config, data, model, load_source(data))
 
     @property
     def runs(self) -> bool:
         """Whether any evaluation is asked for."""
-        return any(self.config[name]["run"] for name in ("retrieval", "matching", "vqa"))
+        return any(self.config[name]["run"] for name in HEADS)
 
     def score(
         self, subject: Subject, folder: Path | None = None, question_only: Subject | None = None
