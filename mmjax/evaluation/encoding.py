@@ -47,20 +47,17 @@ class Subject:
         inputs = (to_device(part, self.mesh) for part in batch)
         return jax.tree.map(np.asarray, self.compiled[name](self.params, *inputs))
 
-    def batches(
-        self, source: Source, transform: Any, reading: Mapping[str, Any] | None = None
-    ) -> Iterator[Batch]:
-        """This process's rows of one pass over a source; `reading` is its data config."""
-        reading = reading or {"on_bad_record": "replace", "threads": 2, "workers": 0}
+    def batches(self, source: Source, transform: Any, data: Mapping[str, Any]) -> Iterator[Batch]:
+        """This process's rows of one pass over a source; `data` says how to read it."""
         batches = evaluation_batches(
             source,
             transform,
             batch_size=self.batch_size,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
-            on_bad_record=reading["on_bad_record"],
-            threads=reading["threads"],
-            workers=reading["workers"],
+            on_bad_record=data["on_bad_record"],
+            threads=data["threads"],
+            workers=data["workers"],
         )
         try:
             yield from batches
@@ -126,7 +123,7 @@ def encode_gallery(
         subject,
         "encode_text",
         _encode_text,
-        subject.batches(texts, TextExample(subject.tokenizer, data["text_length"])),
+        subject.batches(texts, TextExample(subject.tokenizer, data["text_length"]), data),
         ["text", "text_mask"],
     )
     readable = np.isin(words["image_id"], pictures["image_id"])

@@ -23,7 +23,6 @@ from mmjax.evaluation.report import Result
 from mmjax.evaluation.retrieval import retrieval_examples, score_retrieval
 from mmjax.models import ModelConfig
 
-
 # The fields of ModelConfig whose heads an evaluation asks; matching encodes as retrieval does.
 HEADS = {
     "retrieval": ("embedding_width",),
