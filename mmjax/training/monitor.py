@@ -34,12 +34,8 @@ class Monitor:
     def __init__(
         self, config: ConfigDict, workdir: Path, *, first_step: int, records: int, flops: float
     ):
-        self.config, self.workdir, self.first_step, self.records = (
-            config,
-            workdir,
-            first_step,
-            records,
-        )
+        self.config, self.workdir = config, workdir
+        self.first_step, self.records = first_step, records
         self.stop_reason = ""  # why the run must stop, after a checkpoint
         enabled = jax.process_index() == 0
         self._writer = MetricWriter(
