@@ -20,9 +20,9 @@ def pair_gumbel(
         folded = jax.random.fold_in(jax.random.fold_in(key, row), column)
         return jax.random.key_data(folded)[0]
 
-    bits_QC = jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(rows, columns)
+    pair_bits = jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(rows, columns)
     # Odd multiples of 2⁻²⁴: float32 holds them exactly, and neither 0 nor 1 is among them.
-    uniform = (bits_QC >> 9).astype(jnp.float32) * 2**-23 + 2**-24
+    uniform = (pair_bits >> 9).astype(jnp.float32) * 2**-23 + 2**-24
     return -jnp.log(-jnp.log(uniform))
 
 
@@ -50,14 +50,14 @@ def matching_objective(features: Features, key: jax.Array, *, negatives: str = "
     valid, index = batch["valid"], batch["index"]
     if negatives == "hard":
         # The draw is no path for gradients.
-        logits = jax.lax.stop_gradient(features.similarity_logits)
+        similarity = jax.lax.stop_gradient(features.similarity_logits)
     else:
-        logits = jnp.zeros((len(valid), len(valid)), jnp.float32)
+        similarity = jnp.zeros((len(valid), len(valid)), jnp.float32)
     allowed = ~same_image(batch["image_id"]) & valid[None, :] & valid[:, None]
     text_noise = pair_gumbel(purpose_key(key, "false texts"), index, index)
     image_noise = pair_gumbel(purpose_key(key, "false pictures"), index, index)
-    false_text, has_text = sample_negatives(logits, allowed, text_noise)
-    false_image, has_image = sample_negatives(logits.T, allowed, image_noise)
+    false_text, has_text = sample_negatives(similarity, allowed, text_noise)
+    false_image, has_image = sample_negatives(similarity.T, allowed, image_noise)
 
     image, text = features.image, features.text
     fused = model.fuse(
@@ -65,15 +65,15 @@ def matching_objective(features: Features, key: jax.Array, *, negatives: str = "
         _interleave(text, text.take(false_text), text),
         features.dropout_key("matching"),
     )
-    logits_3Bx2 = model.matching(fused.pooled)
+    logits = model.matching(fused.pooled)
     labels = jnp.arange(3 * len(valid)) % 3 == 0
     weights = jnp.stack([valid, has_text, has_image], axis=1).reshape(-1)
-    total, weight = weighted(matching_loss(logits_3Bx2, labels), weights)
+    total, weight = weighted(matching_loss(logits, labels), weights)
     return Loss(
         total,
         weight,
         {
-            "matching/accuracy": weighted((logits_3Bx2.argmax(axis=-1) == labels), weights),
+            "matching/accuracy": weighted(logits.argmax(axis=-1) == labels, weights),
             "matching/positives": weighted(labels, weights),
         },
     )

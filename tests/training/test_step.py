@@ -134,7 +134,7 @@ def test_eight_devices_compute_what_one_does(axes, alone, capfd):
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     for (state, metrics), (expected, expected_metrics) in zip(run.steps(3), alone[1], strict=True):
         assert_close(metrics, expected_metrics)
-        assert_close(state.opt_state[0], expected.opt_state[0], 2e-5)  # gradients
+        assert_close(state.opt_state[0], expected.opt_state[0])  # the recorded gradients
         assert_close(state.params, expected.params)
         assert_close(state.ema, expected.ema)
     _assert_laid_out_by_the_rules(run)
