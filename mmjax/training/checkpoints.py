@@ -229,7 +229,8 @@ class _Assets:
         return write()
 
     async def load(self, directory: ocp.path.Path) -> Any:
-        raise NotImplementedError("load_assets reads the files")
+        """Orbax's protocol asks for it, but nothing loads through Orbax what are plain files."""
+        raise TypeError("assets are plain files: read them with load_assets")
 
 
 # --- Finding and loading by path ----------------------------------------------------------------
