@@ -1,8 +1,9 @@
 """Scaled dot-product attention: one function, and an implementation per backend behind it.
 
-Which is fastest depends on the backend: on the CPU the head-major layout with the division after the
-value product, as measured in `docs/performance.md`; elsewhere, until somebody has measured, the plain
-einsum over the projections' own layout. cuDNN's fused kernel (a GPU, half precision) is on request.
+Which is fastest depends on the backend: on the CPU the head-major layout with the division after
+the value product, as measured in `docs/performance.md`; elsewhere, until somebody has measured, the
+plain einsum over the projections' own layout. cuDNN's fused kernel (a GPU, half precision) is on
+request.
 """
 
 import jax
