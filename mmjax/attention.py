@@ -22,11 +22,13 @@ def attention(
     value: Float[Array, "batch keys heads head_width"],
     mask: Bool[Array, "batch _ keys"] | None = None,
     implementation: str = "auto",
+    bias: Float[Array, "_ heads queries keys"] | None = None,
 ) -> Float[Array, "batch queries heads head_width"]:
-    """softmax(query · keyᵀ / √head_width) · value (Vaswani et al. 2017, equation 1).
+    """softmax(query · keyᵀ / √head_width + bias) · value (Vaswani et al. 2017, equation 1).
 
-    `mask` is true where a query may look at a key. The softmax is taken in float32.
-    `implementation` is one of `IMPLEMENTATIONS`, or 'auto': chosen by the backend.
+    `mask` is true where a query may look at a key; `bias` has a row for each of the batch, or one
+    for all. The softmax is taken in float32. `implementation` is one of `IMPLEMENTATIONS`, or
+    'auto': chosen by the backend.
     """
     if implementation == "auto":
         implementation = "head_major" if jax.default_backend() == "cpu" else "einsum"
@@ -35,29 +37,30 @@ def attention(
             f"attention implementation {implementation!r} is unknown."
             + near_misses(implementation, ["auto", *IMPLEMENTATIONS])
         )
-    return IMPLEMENTATIONS[implementation](query, key, value, mask)
+    return IMPLEMENTATIONS[implementation](query, key, value, mask, bias)
 
 
 def attention_weights(
     query: Float[Array, "batch queries heads head_width"],
     key: Float[Array, "batch keys heads head_width"],
     mask: Bool[Array, "batch _ keys"] | None = None,
+    bias: Float[Array, "_ heads queries keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
     """The probabilities themselves, in float32: for looking at, or to distil from."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(_masked(scores * query.shape[-1] ** -0.5, mask))
+    return jax.nn.softmax(_masked(scores * query.shape[-1] ** -0.5, mask, bias))
 
 
-def _einsum(query, key, value, mask):
-    weights = attention_weights(query, key, mask).astype(value.dtype)
+def _einsum(query, key, value, mask, bias):
+    weights = attention_weights(query, key, mask, bias).astype(value.dtype)
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
-def _head_major(query, key, value, mask):
+def _head_major(query, key, value, mask, bias):
     """Heads before positions, so that each product is a contiguous matrix product."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     scores = jnp.einsum("bhqd,bhkd->bhqk", query, key, preferred_element_type=jnp.float32)
-    scores = _masked(scores * query.shape[-1] ** -0.5, mask)
+    scores = _masked(scores * query.shape[-1] ** -0.5, mask, bias)
     # The shift only keeps exp() in range; the result does not depend on it, nor does the gradient.
     shift = jax.lax.stop_gradient(scores.max(axis=-1, keepdims=True))
     exponentials = jnp.exp(scores - shift)
@@ -67,13 +70,15 @@ def _head_major(query, key, value, mask):
     return jnp.swapaxes((output / sums).astype(value.dtype), 1, 2)
 
 
-def _cudnn(query, key, value, mask):
+def _cudnn(query, key, value, mask, bias):
     """The fused kernel of NVIDIA's library: half precision and a GPU only."""
     mask = None if mask is None else mask[:, None]
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="cudnn")
+    bias = None if bias is None else bias.astype(query.dtype)
+    return jax.nn.dot_product_attention(query, key, value, bias, mask, implementation="cudnn")
 
 
-def _masked(scores, mask):
+def _masked(scores, mask, bias):
+    scores = scores if bias is None else scores + bias
     return scores if mask is None else jnp.where(mask[:, None], scores, MASKED)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Bool, Float, Key
+from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmjax.attention import attention, attention_weights
 from mmjax.errors import InputError, near_misses
@@ -22,6 +22,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
 }
 
 # What the backward pass finds stored of a layer; the rest it computes again.
@@ -52,6 +53,7 @@ class LayerConfig:
     activation: str = "gelu"
     epsilon: float = 1e-6  # of every LayerNorm
     dropout: float = 0.0  # on the output of every sub-layer
+    qkv_bias: bool = True  # of the query, key and value projections
 
     dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
     remat: str = "none"  # a key of REMAT_POLICIES
@@ -87,12 +89,31 @@ class LayerConfig:
             object.__setattr__(self, key, getattr(self, key) or value)
 
 
+@dataclass(frozen=True)
+class StackConfig:
+    """What a stack is told of layers that are no Transformer's (see `LayerConfig`)."""
+
+    depth: int
+    remat: str = "none"
+    unroll: bool = False
+
+
 def linear(
-    inputs: int, outputs: int | tuple[int, ...], dtype: str, rngs: nnx.Rngs
+    inputs: int | tuple[int, ...],
+    outputs: int | tuple[int, ...],
+    dtype: str,
+    rngs: nnx.Rngs,
+    bias: bool = True,
 ) -> nnx.LinearGeneral:
-    """A dense layer from `inputs` to `outputs` features (several: the output has as many axes)."""
+    """A dense layer over the last axes of its input: as many as `inputs` has sizes, to `outputs`."""
     return nnx.LinearGeneral(
-        inputs, outputs, dtype=jnp.dtype(dtype), kernel_init=_KERNEL_INIT, rngs=rngs
+        inputs,
+        outputs,
+        axis=-1 if isinstance(inputs, int) else tuple(range(-len(inputs), 0)),
+        use_bias=bias,
+        dtype=jnp.dtype(dtype),
+        kernel_init=_KERNEL_INIT,
+        rngs=rngs,
     )
 
 
@@ -108,41 +129,49 @@ def embedding(rows: int, width: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:
     return nnx.Embed(rows, width, dtype=jnp.dtype(dtype), embedding_init=TABLE_INIT, rngs=rngs)
 
 
-class Attention(nnx.Module):
-    """Multi-head attention of `x` over `context` (over itself where there is none)."""
+def look_up(
+    table: Float[Array, "rows width"], ids: Int[Array, "*batch"], padding: int = -1
+) -> Float[Array, "*batch width"]:
+    """Rows of a table; the row `padding` gets no gradient, as published tables never trained it."""
+    rows = jnp.take(table, ids, axis=0)
+    if padding < 0:
+        return rows
+    return jnp.where((ids == padding)[..., None], jax.lax.stop_gradient(rows), rows)
 
-    def __init__(self, config: LayerConfig, rngs: nnx.Rngs):
+
+class Attention(nnx.Module):
+    """Multi-head attention of `x` over `context` (over itself where there is none).
+
+    `context_width` is that of the context; 0: the layer's own.
+    """
+
+    def __init__(self, config: LayerConfig, rngs: nnx.Rngs, context_width: int = 0):
         heads = (config.heads, config.width // config.heads)
+        context_width, bias = context_width or config.width, config.qkv_bias
         self.implementation = config.attention
-        self.query = linear(config.width, heads, config.dtype, rngs)
-        self.key = linear(config.width, heads, config.dtype, rngs)
-        self.value = linear(config.width, heads, config.dtype, rngs)
-        self.out = nnx.LinearGeneral(
-            heads,
-            config.width,
-            axis=(-2, -1),
-            dtype=jnp.dtype(config.dtype),
-            kernel_init=_KERNEL_INIT,
-            rngs=rngs,
-        )
+        self.query = linear(config.width, heads, config.dtype, rngs, bias)
+        self.key = linear(context_width, heads, config.dtype, rngs, bias)
+        self.value = linear(context_width, heads, config.dtype, rngs, bias)
+        self.out = linear(heads, config.width, config.dtype, rngs)
 
     def __call__(
         self,
         x: Float[Array, "batch queries width"],
-        context: Float[Array, "batch keys width"] | None = None,
+        context: Float[Array, "batch keys context_width"] | None = None,
         mask: Bool[Array, "batch _ keys"] | None = None,
+        bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
-        """Attend; `mask` is true where a query may look."""
+        """Attend; `mask` is true where a query may look, `bias` is added to the scores."""
         context = x if context is None else context
         heads = attention(
-            self.query(x), self.key(context), self.value(context), mask, self.implementation
+            self.query(x), self.key(context), self.value(context), mask, self.implementation, bias
         )
         return self.out(heads)
 
     def weights(
         self,
         x: Float[Array, "batch queries width"],
-        context: Float[Array, "batch keys width"],
+        context: Float[Array, "batch keys context_width"],
         mask: Bool[Array, "batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
@@ -152,45 +181,48 @@ class Attention(nnx.Module):
 class AttentionSublayer(nnx.Module):
     """x + attention(x), normalised before ('pre') or after ('post') the sum.
 
-    With `cross`, the keys and values come from a context, which a pre-norm layer normalises as well
-    (a post-norm layer left it normalised).
+    `norm_context` normalises the context as well: where it is a stream of pre-norm layers, which
+    nothing has normalised yet.
     """
 
-    def __init__(self, config: LayerConfig, rngs: nnx.Rngs, cross: bool = False):
+    def __init__(
+        self,
+        config: LayerConfig,
+        rngs: nnx.Rngs,
+        context_width: int = 0,
+        norm_context: bool = False,
+    ):
+        width = context_width or config.width
         self.pre = config.norm == "pre"
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, context_width)
         self.norm = layer_norm(config.width, config.epsilon, config.dtype, rngs)
         self.context_norm = (
-            layer_norm(config.width, config.epsilon, config.dtype, rngs)
-            if cross and self.pre
-            else None
+            layer_norm(width, config.epsilon, config.dtype, rngs) if norm_context else None
         )
         self.dropout = nnx.Dropout(config.dropout)
 
     def __call__(
         self,
         x: Float[Array, "batch queries width"],
-        context: Float[Array, "batch keys width"] | None = None,
+        context: Float[Array, "batch keys context_width"] | None = None,
         mask: Bool[Array, "batch _ keys"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """Apply the sub-layer; `key` draws its dropout."""
+        context = context if self.context_norm is None else self.context_norm(context)
         if not self.pre:
             return self.norm(x + self._drop(self.attention(x, context, mask), key))
-        context = context if self.context_norm is None else self.context_norm(context)
         return x + self._drop(self.attention(self.norm(x), context, mask), key)
 
     def weights(
         self,
         x: Float[Array, "batch queries width"],
-        context: Float[Array, "batch keys width"],
+        context: Float[Array, "batch keys context_width"],
         mask: Bool[Array, "batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
-        if self.pre:
-            x = self.norm(x)
-            context = context if self.context_norm is None else self.context_norm(context)
-        return self.attention.weights(x, context, mask)
+        context = context if self.context_norm is None else self.context_norm(context)
+        return self.attention.weights(self.norm(x) if self.pre else x, context, mask)
 
     def _drop(self, x, key):
         return self.dropout(x, deterministic=key is None, rngs=key)
@@ -211,27 +243,45 @@ class MlpSublayer(nnx.Module):
         self, x: Float[Array, "batch length width"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch length width"]:
         """Apply the sub-layer; `key` draws its dropout."""
-        hidden = ACTIVATIONS[self.activation](self.up(self.norm(x) if self.pre else x))
-        x = x + self.dropout(self.down(hidden), deterministic=key is None, rngs=key)
+        x = x + self.branch(x, key)
         return x if self.pre else self.norm(x)
+
+    def branch(
+        self, x: Float[Array, "*batch width"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "*batch width"]:
+        """What is added to `x`."""
+        hidden = ACTIVATIONS[self.activation](self.up(self.norm(x) if self.pre else x))
+        return self.dropout(self.down(hidden), deterministic=key is None, rngs=key)
 
 
 class Block(nnx.Module):
-    """The Transformer encoder layer: self-attention, then the MLP (Vaswani et al. 2017, 3.1)."""
+    """The Transformer layer: self-attention, then the MLP (Vaswani et al. 2017, 3.1).
 
-    def __init__(self, config: LayerConfig, rngs: nnx.Rngs):
+    With `cross`, attention to a context of `context_width` (0: the layer's own) stands between the
+    two: the paper's decoder layer, if the mask is causal, and ALBEF's fusion layer, if it is not.
+    A call without a context leaves it out, as BLIP does for text alone.
+    """
+
+    def __init__(
+        self, config: LayerConfig, rngs: nnx.Rngs, cross: bool = False, context_width: int = 0
+    ):
         self.self_attention = AttentionSublayer(config, rngs)
+        self.cross_attention = AttentionSublayer(config, rngs, context_width) if cross else None
         self.mlp = MlpSublayer(config, rngs)
 
     def __call__(
         self,
         x: Float[Array, "batch length width"],
         mask: Bool[Array, "batch _ length"] | None = None,
+        context: Float[Array, "batch keys context_width"] | None = None,
+        context_mask: Bool[Array, "batch _ keys"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
-        """Apply the layer; `key` draws its dropout."""
-        attention_key, mlp_key = split_key(key, 2)
-        x = self.self_attention(x, mask=mask, key=attention_key)
+        """Apply the layer; masks are true where a query may look, `key` draws its dropout."""
+        self_key, mlp_key, *cross_key = split_key(key, 2 if self.cross_attention is None else 3)
+        x = self.self_attention(x, mask=mask, key=self_key)
+        if self.cross_attention is not None and context is not None:
+            x = self.cross_attention(x, context, context_mask, key=cross_key[0])
         return self.mlp(x, key=mlp_key)
 
 
@@ -245,7 +295,7 @@ class Stack(nnx.Module):
     def __init__(
         self,
         make_layer: Callable[[nnx.Rngs], nnx.Module],
-        config: LayerConfig,
+        config: LayerConfig | StackConfig,
         rngs: nnx.Rngs,
     ):
         self.depth, self.remat, self.unroll = config.depth, config.remat, config.unroll
@@ -286,3 +336,16 @@ class Stack(nnx.Module):
 def split_key(key: Key[Array, ""] | None, count: int) -> list[Any]:
     """`count` keys out of one; as many `None` where there is none (no dropout)."""
     return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def drop_path(
+    x: Float[Array, "batch ..."], rate: float | Float[Array, ""], key: Key[Array, ""] | None
+) -> Float[Array, "batch ..."]:
+    """Stochastic depth (Huang et al. 2016): whole rows of a residual branch are zeroed.
+
+    What is left is scaled by 1 / (1 - `rate`), so that `key=None`, no dropping, is its expectation.
+    """
+    if key is None:
+        return x
+    keep = jax.random.bernoulli(key, 1 - rate, (x.shape[0],) + (1,) * (x.ndim - 1))
+    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)

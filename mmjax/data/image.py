@@ -77,7 +77,7 @@ def decode_image(
             if min_size is not None:
                 picture.draft(None, (min_size, min_size))
             ImageOps.exif_transpose(picture, in_place=True)
-            return np.asarray(_to_rgb(picture, name))
+            return np.asarray(to_rgb(picture, name))
     except (BadRecord, MemoryError):
         raise
     except UnidentifiedImageError as error:  # its own message names an object in memory
@@ -172,7 +172,8 @@ def _refuse_bomb(picture: Image.Image, name: str) -> None:
         )
 
 
-def _to_rgb(picture: Image.Image, name: str) -> Image.Image:
+def to_rgb(picture: Image.Image, name: str) -> Image.Image:
+    """A picture of any mode as RGB, transparency on white; raises BadRecord where none is meant."""
     if picture.mode.startswith("I;16"):
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     elif picture.mode in ("I", "F"):

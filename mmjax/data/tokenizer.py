@@ -66,25 +66,9 @@ class TextTokenizer:
         """A tokenizer from a published `vocab.txt`: one token a line, the id is the line number.
 
         Raises:
-          InputError: the file is absent or not UTF-8, a token is there twice, or a special token
-            is not there.
+          InputError: as `read_vocabulary`, or a special token is not there.
         """
-        try:
-            tokens = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
-        except OSError as error:
-            raise InputError(f"{path}: the vocabulary cannot be read: {error.strerror}.") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path}: the vocabulary is not UTF-8 ({error}).") from error
-        tokens = [token.rstrip("\r") for token in tokens]
-        ids: dict[str, int] = {}
-        for i, token in enumerate(tokens):
-            if token in ids:
-                raise InputError(
-                    f"{path}, lines {ids[token] + 1} and {i + 1}: the token {token!r} is there "
-                    "twice. A vocabulary has one token a line, each once."
-                )
-            ids[token] = i
-        return cls(_wordpiece(tokens), origin=str(path))
+        return cls(_wordpiece(read_vocabulary(path)), origin=str(path))
 
     @classmethod
     def train(cls, texts: Iterable[str], vocabulary_size: int) -> "TextTokenizer":
@@ -174,6 +158,30 @@ class TextTokenizer:
                 raise ValueError(f"id {i} is outside the vocabulary of {self.vocabulary_size}.")
             tokens.append(token)
         return tokens
+
+
+def read_vocabulary(path: str | Path) -> list[str]:
+    """The tokens of a `vocab.txt` in the order of their ids: one a line, each once.
+
+    Raises:
+      InputError: the file is absent or not UTF-8, or a token is there twice.
+    """
+    try:
+        tokens = Path(path).read_text(encoding="utf-8").rstrip("\n").split("\n")
+    except OSError as error:
+        raise InputError(f"{path}: the vocabulary cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: the vocabulary is not UTF-8 ({error}).") from error
+    tokens = [token.rstrip("\r") for token in tokens]
+    ids: dict[str, int] = {}
+    for i, token in enumerate(tokens):
+        if token in ids:
+            raise InputError(
+                f"{path}, lines {ids[token] + 1} and {i + 1}: the token {token!r} is there "
+                "twice. A vocabulary has one token a line, each once."
+            )
+        ids[token] = i
+    return tokens
 
 
 def _wordpiece(tokens: Sequence[str]) -> Tokenizer:

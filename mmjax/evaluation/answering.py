@@ -132,7 +132,7 @@ def answering_examples(
 def _answer(model, batch):
     if model.answering is None:
         raise InputError("this model has no answering head: fine-tune it on questions first.")
-    out = model(batch["image"], batch["text"], batch["text_mask"])
+    out = model(image=batch["image"], text=batch["text"], text_mask=batch["text_mask"])
     return {
         "probability": jax.nn.sigmoid(out["vqa_logits"]),
         "index": batch["index"],

@@ -2,13 +2,21 @@
 
 from dataclasses import dataclass
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmjax.errors import InputError, near_misses
-from mmjax.layers import Block, LayerConfig, Stack, embedding, layer_norm
+from mmjax.layers import (
+    Block,
+    LayerConfig,
+    Stack,
+    embedding,
+    layer_norm,
+    linear,
+    look_up,
+    split_key,
+)
 from mmjax.models.features import Encoded
 from mmjax.sharding import gather_table
 
@@ -33,7 +41,10 @@ class BertConfig(LayerConfig):
     size: str = ""
     vocabulary_size: int = 0  # 0: the tokenizer's, filled in when a run starts
     max_length: int = 512  # of the position table
+    first_position: int = 0  # RoBERTa counts from 2, and padding stands at the position before
+    padding: int = -1  # id of [PAD], whose vector then stays as it is; -1: trained like any other
     types: int = 2  # rows of the token-type table
+    pooler: bool = False  # a dense layer and tanh on the pooled vector
 
     def __post_init__(self) -> None:
         """Fill widths from the named size."""
@@ -46,12 +57,8 @@ class BertConfig(LayerConfig):
         super().__post_init__()
 
 
-class BertEncoder(nnx.Module):
-    """Word, position and type embeddings, then Transformer layers; [CLS] is the pooled vector.
-
-    Post-norm as published, or pre-norm (`norm='pre'`, with a final LayerNorm), which trains from
-    scratch with less care.
-    """
+class BertEmbeddings(nnx.Module):
+    """The sum of word, position and type vectors, normalised."""
 
     def __init__(self, config: BertConfig, rngs: nnx.Rngs):
         if config.vocabulary_size < 1:
@@ -63,41 +70,74 @@ class BertEncoder(nnx.Module):
         self.token_embedding = embedding(config.vocabulary_size, width, dtype, rngs)
         self.position_embedding = embedding(config.max_length, width, dtype, rngs)
         self.type_embedding = embedding(config.types, width, dtype, rngs)
-        self.embedding_norm = layer_norm(width, config.epsilon, dtype, rngs)
+        self.norm = layer_norm(width, config.epsilon, dtype, rngs)
         self.dropout = nnx.Dropout(config.dropout)
-        self.blocks = Stack(lambda rngs: Block(config, rngs), config, rngs)
-        pre = config.norm == "pre"
-        self.norm = layer_norm(width, config.epsilon, dtype, rngs) if pre else None
 
     def __call__(
         self,
         text: Int[Array, "batch length"],
-        mask: Bool[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
         types: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Encode token ids; `mask` is true on tokens, false on padding."""
-        length = text.shape[1]
-        if length > self.config.max_length:
-            raise InputError(
-                f"the text has {length} tokens and the encoder {self.config.max_length} positions: "
-                "lower data.text_length or raise model.text.max_length."
-            )
+    ) -> Float[Array, "batch length width"]:
+        """Embed token ids; `mask` is true on tokens, and only RoBERTa's positions ask for it."""
         types = jnp.zeros_like(text) if types is None else types
-        x = jnp.take(self._table(), text, axis=0) + self.type_embedding(types)
-        x = self.embedding_norm(x + self.position_embedding(jnp.arange(length)))
-        if key is not None:
-            key, embedding_key = jax.random.split(key)
-            x = self.dropout(x, rngs=embedding_key)
-        tokens = self.blocks(x, mask[:, None, :], key=key)
-        if self.norm is not None:
-            tokens = self.norm(tokens)
-        return Encoded(tokens=tokens, mask=mask, pooled=tokens[:, 0])
+        x = look_up(self.table(), text, self.config.padding) + self.type_embedding(types)
+        x = self.norm(x + self.position_embedding(self._positions(text, mask)))
+        return self.dropout(x, deterministic=key is None, rngs=key)
 
     def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch words"]:
         """Scores of every word by the embedding table itself (tied output weights), in float32."""
-        table = self._table().astype(x.dtype)
+        table = self.table().astype(x.dtype)
         return jnp.einsum("...d,vd->...v", x, table, preferred_element_type=jnp.float32)
 
-    def _table(self) -> Float[Array, "words width"]:
+    def table(self) -> Float[Array, "words width"]:
+        """The vectors of all words."""
         return gather_table(self.token_embedding.embedding[...].astype(self.config.dtype))
+
+    def _positions(self, text, mask):
+        first, length = self.config.first_position, text.shape[1]
+        if first + length > self.config.max_length:
+            raise InputError(
+                f"the text has {length} tokens and the encoder {self.config.max_length - first} "
+                "positions: lower data.text_length or raise model.text.max_length."
+            )
+        if not first:
+            return jnp.arange(length)
+        mask = jnp.ones_like(text) if mask is None else mask
+        return jnp.where(mask, first - 1 + jnp.cumsum(mask, axis=1), first - 1)
+
+
+class BertEncoder(nnx.Module):
+    """Embeddings, then Transformer layers; [CLS] is the pooled vector.
+
+    Post-norm as published, or pre-norm (`norm='pre'`, with a final LayerNorm), which trains from
+    scratch with less care.
+    """
+
+    def __init__(self, config: BertConfig, rngs: nnx.Rngs):
+        self.config = config
+        width, dtype = config.width, config.dtype
+        self.embeddings = BertEmbeddings(config, rngs)
+        self.blocks = Stack(lambda rngs: Block(config, rngs), config, rngs)
+        pre = config.norm == "pre"
+        self.norm = layer_norm(width, config.epsilon, dtype, rngs) if pre else None
+        self.pooler = linear(width, width, dtype, rngs) if config.pooler else None
+
+    def __call__(
+        self,
+        text: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        types: Int[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Encode token ids; `mask` is true on tokens, false on padding (None: all are tokens)."""
+        key, embedding_key = split_key(key, 2)
+        x = self.embeddings(text, mask, types, key=embedding_key)
+        tokens = self.blocks(x, None if mask is None else mask[:, None, :], key=key)
+        if self.norm is not None:
+            tokens = self.norm(tokens)
+        pooled = tokens[:, 0]
+        if self.pooler is not None:
+            pooled = jnp.tanh(self.pooler(pooled))
+        return Encoded(tokens=tokens, mask=mask, pooled=pooled)

@@ -57,11 +57,12 @@ class CoAttentionLayer(nnx.Module):
         self.order = ORDERS[config.order]
         self.image_self = AttentionSublayer(config, rngs)
         self.text_self = AttentionSublayer(config, rngs)
+        pre = config.norm == "pre"
         if config.share_cross:
-            self.cross = AttentionSublayer(config, rngs, cross=True)
+            self.cross = AttentionSublayer(config, rngs, norm_context=pre)
         else:
-            self.image_cross = AttentionSublayer(config, rngs, cross=True)
-            self.text_cross = AttentionSublayer(config, rngs, cross=True)
+            self.image_cross = AttentionSublayer(config, rngs, norm_context=pre)
+            self.text_cross = AttentionSublayer(config, rngs, norm_context=pre)
         self.share_cross = config.share_cross
         self.image_mlp = MlpSublayer(config, rngs)
         self.text_mlp = MlpSublayer(config, rngs)

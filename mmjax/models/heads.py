@@ -4,37 +4,80 @@ The last layer of each computes in float32 whatever the model does: scores round
 tie, and 3.14 is as near as they get.
 """
 
+from dataclasses import dataclass
+
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from mmjax.layers import ACTIVATIONS, layer_norm, linear
-from mmjax.models.bert import BertConfig, BertEncoder
+from mmjax.models.bert import BertConfig, BertEmbeddings
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig:
+    """How the vectors of two encoders are compared. The defaults are CLIP's, but for its biases."""
+
+    width: int = 512  # of the space they meet in
+    project_image: bool = True  # false: the encoder's vector as it is
+    project_text: bool = True
+    text_token: bool = False  # the text's first token (ALIGN), not its pooled vector
+    bias: bool = True  # of the projections
+    logit_bias: bool = False  # a learnt number added to every similarity (SigLIP)
+    temperature: bool = False  # a learnt number to divide by (ALIGN), not the log of a factor
 
 
 class ContrastiveHead(nnx.Module):
     """Projections of both pooled vectors onto one unit sphere, with a learnt scale.
 
     The scale is stored as its logarithm and starts at 1 / 0.07 (Radford et al. 2021, section 2.5);
-    `optimizer.bounds` keeps it below 100 as there.
+    `optimizer.bounds` keeps it below 100 as there. ALIGN (Jia et al. 2021) stores what to divide by.
     """
 
-    def __init__(self, image_width: int, text_width: int, width: int, rngs: nnx.Rngs):
-        self.image_projection = linear(image_width, width, "float32", rngs)
-        self.text_projection = linear(text_width, width, "float32", rngs)
-        self.logit_scale = nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
+    def __init__(
+        self, image_width: int, text_width: int, config: ContrastiveConfig, rngs: nnx.Rngs
+    ):
+        def projection(inputs: int) -> nnx.LinearGeneral:
+            return linear(inputs, config.width, "float32", rngs, config.bias)
+
+        self.image_projection = projection(image_width) if config.project_image else None
+        self.text_projection = projection(text_width) if config.project_text else None
+        self.temperature = nnx.Param(jnp.asarray(1.0)) if config.temperature else None
+        self.logit_scale = (
+            None if config.temperature else nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
+        )
+        self.logit_bias = nnx.Param(jnp.asarray(-10.0)) if config.logit_bias else None
 
     def image(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
         """Unit vectors of pictures, float32."""
-        return _unit(self.image_projection(pooled))
+        return unit(self.project_image(pooled))
 
     def text(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
         """Unit vectors of texts, float32."""
-        return _unit(self.text_projection(pooled))
+        return unit(self.project_text(pooled))
+
+    def project_image(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
+        """Vectors of pictures before they are brought to unit length."""
+        return pooled if self.image_projection is None else self.image_projection(pooled)
+
+    def project_text(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
+        """Vectors of texts before they are brought to unit length."""
+        return pooled if self.text_projection is None else self.text_projection(pooled)
+
+    def logits(
+        self,
+        images: Float[Array, "pictures embedding"],
+        texts: Float[Array, "texts embedding"],
+    ) -> Float[Array, "pictures texts"]:
+        """Scaled similarities of unit vectors."""
+        logits = self.scale * images @ texts.T
+        return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
     @property
     def scale(self) -> Float[Array, ""]:
         """What similarities are multiplied by."""
+        if self.temperature is not None:
+            return 1 / self.temperature[...]
         return jnp.exp(self.logit_scale[...])
 
 
@@ -52,20 +95,21 @@ class MatchingHead(nnx.Module):
 class MaskedLanguageHead(nnx.Module):
     """Scores of every word at every position, through the encoder's own word table.
 
-    BERT's head (Devlin et al. 2019, appendix A.1): dense, GELU, LayerNorm, tied table, bias.
+    BERT's head (Devlin et al. 2019, appendix A.1): dense, activation, LayerNorm, tied table, bias.
     """
 
     def __init__(self, width: int, text: BertConfig, dtype: str, rngs: nnx.Rngs):
+        self.activation = text.activation
         self.transform = linear(width, text.width, dtype, rngs)
         self.norm = layer_norm(text.width, text.epsilon, dtype, rngs)
         self.bias = nnx.Param(jnp.zeros(text.vocabulary_size))
 
     def __call__(
-        self, tokens: Float[Array, "*batch width"], text_encoder: BertEncoder
+        self, tokens: Float[Array, "*batch width"], embeddings: BertEmbeddings
     ) -> Float[Array, "*batch words"]:
         """Logits of every word, float32."""
-        x = self.norm(ACTIVATIONS["gelu"](self.transform(tokens)))
-        return text_encoder.logits(x) + self.bias[...]
+        x = self.norm(ACTIVATIONS[self.activation](self.transform(tokens)))
+        return embeddings.logits(x) + self.bias[...]
 
 
 class AnsweringHead(nnx.Module):
@@ -82,7 +126,8 @@ class AnsweringHead(nnx.Module):
         return self.classifier(x)
 
 
-def _unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
+def unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
+    """Vectors of length 1, float32."""
     x = x.astype(jnp.float32)
     # Inside the root, so that the gradient of a zero vector is finite.
     return x / jnp.sqrt(jnp.square(x).sum(axis=-1, keepdims=True) + 1e-12)

@@ -1,6 +1,5 @@
 """The assembled model: an image encoder, a text encoder, a fusion of the two, and heads."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,14 @@ from mmjax.errors import InputError
 from mmjax.models.bert import BertConfig, BertEncoder
 from mmjax.models.features import Encoded, Fused
 from mmjax.models.fusion import CoAttention, CoAttentionConfig
-from mmjax.models.heads import AnsweringHead, ContrastiveHead, MaskedLanguageHead, MatchingHead
+from mmjax.models.heads import (
+    AnsweringHead,
+    ContrastiveConfig,
+    ContrastiveHead,
+    MaskedLanguageHead,
+    MatchingHead,
+)
+from mmjax.models.model import Model
 from mmjax.models.vit import ViT, ViTConfig
 
 
@@ -34,7 +40,7 @@ class ModelConfig:
             raise InputError("model.answers names an answer twice.")
 
 
-class VisionLanguageModel(nnx.Module):
+class VisionLanguageModel(Model):
     """Pictures and texts in, features and scores out.
 
     `key=None` runs without dropout; a key draws a mask anew in every layer.
@@ -60,7 +66,9 @@ class VisionLanguageModel(nnx.Module):
         )
         pooled, width = self.fusion.pooled_width, config.fusion.width
         self.contrastive = (
-            ContrastiveHead(image.width, text.width, config.embedding_width, rngs)
+            ContrastiveHead(
+                image.width, text.width, ContrastiveConfig(config.embedding_width), rngs
+            )
             if config.embedding_width
             else None
         )
@@ -95,13 +103,13 @@ class VisionLanguageModel(nnx.Module):
         """Features of pairs: row i of the pictures with row i of the texts."""
         return self.fusion(image, text, key=key)
 
-    def __call__(
+    def forward(
         self,
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         text: Int[Array, "batch length"],
         text_mask: Bool[Array, "batch length"],
         key: Key[Array, ""] | None = None,
-    ) -> Mapping[str, Any]:
+    ) -> dict[str, Any]:
         """All that the model has to say of a batch of pairs, by name; heads it lacks are absent."""
         image_key, text_key, fusion_key = (None,) * 3 if key is None else jax.random.split(key, 3)
         encoded_image = self.encode_image(image, image_key)
@@ -111,13 +119,13 @@ class VisionLanguageModel(nnx.Module):
         if self.contrastive is not None:
             out["image_embeds"] = self.contrastive.image(encoded_image.pooled)
             out["text_embeds"] = self.contrastive.text(encoded_text.pooled)
-            out["logits_per_image"] = (
-                self.contrastive.scale * out["image_embeds"] @ out["text_embeds"].T
+            out["logits_per_image"] = self.contrastive.logits(
+                out["image_embeds"], out["text_embeds"]
             )
         if self.matching is not None:
             out["itm_logits"] = self.matching(fused.pooled)
         if self.masked_language is not None:
-            out["mlm_logits"] = self.masked_language(fused.text_tokens, self.text)
+            out["mlm_logits"] = self.masked_language(fused.text_tokens, self.text.embeddings)
         if self.answering is not None:
             out["vqa_logits"] = self.answering(fused.pooled)
         return out

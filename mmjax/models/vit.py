@@ -37,9 +37,13 @@ class ViTConfig(LayerConfig):
     """A ViT by name (`size='B/16'`) or by explicit widths; a width given beside a name wins."""
 
     size: str = ""
-    image_size: int = 224  # pixels a side
-    patch_size: int = 0  # pixels a side
+    image_size: int | tuple[int, int] = 224  # pixels a side, or (height, width)
+    patch_size: int | tuple[int, int] = 0
+    patch_bias: bool = True
+    embedding_norm: bool = False  # a LayerNorm before the first block (CLIP)
     pool: str = "class_token"  # 'class_token', 'mean', or 'attention' (Zhai et al. 2022)
+    norm_tokens: bool = True  # false: the final LayerNorm is for the class token alone (CLIP)
+    pooler: bool = False  # a dense layer and tanh on the pooled vector
     mean: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))  # of pixels in [0, 1], by channel
     std: tuple[float, ...] = field(default=(0.5, 0.5, 0.5))
 
@@ -55,17 +59,24 @@ class ViTConfig(LayerConfig):
             self.fill_widths(*SIZES[letters])
             object.__setattr__(self, "patch_size", self.patch_size or int(patch))
         super().__post_init__()
-        if self.patch_size < 1 or self.image_size % self.patch_size:
-            raise InputError(
-                f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}."
-            )
+        for pixels, patch in zip(pair(self.image_size), pair(self.patch_size), strict=True):
+            if patch < 1 or pixels < 1 or pixels % patch:
+                raise InputError(
+                    f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}."
+                )
         if self.pool not in (pools := ["class_token", "mean", "attention"]):
             raise InputError(f"image pool is {self.pool!r}.{near_misses(self.pool, pools)}")
 
     @property
     def grid(self) -> tuple[int, int]:
         """Patches down and across."""
-        return (self.image_size // self.patch_size,) * 2
+        (height, width), (down, across) = pair(self.image_size), pair(self.patch_size)
+        return height // down, width // across
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """(height, width) of a size that may be given as one number."""
+    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 class ViT(nnx.Module):
@@ -75,14 +86,18 @@ class ViT(nnx.Module):
         self.config = config
         width, dtype = config.width, config.dtype
         patches = config.grid[0] * config.grid[1]
-        self.patch = linear(3 * config.patch_size**2, width, dtype, rngs)
+        self.patch = linear((*pair(config.patch_size), 3), width, dtype, rngs, config.patch_bias)
         has_class = config.pool == "class_token"
         self.class_token = nnx.Param(TABLE_INIT(rngs.params(), (1, width))) if has_class else None
         self.position_embedding = nnx.Param(TABLE_INIT(rngs.params(), (patches + has_class, width)))
+        self.embedding_norm = (
+            layer_norm(width, config.epsilon, dtype, rngs) if config.embedding_norm else None
+        )
         self.dropout = nnx.Dropout(config.dropout)
         self.blocks = Stack(lambda rngs: Block(config, rngs), config, rngs)
         self.norm = layer_norm(width, config.epsilon, dtype, rngs)
         self.pooling = AttentionPool(config, rngs) if config.pool == "attention" else None
+        self.pooler = linear(width, width, dtype, rngs) if config.pooler else None
 
     def __call__(
         self,
@@ -91,19 +106,17 @@ class ViT(nnx.Module):
     ) -> Encoded:
         """Encode pictures: uint8 ones are normalised here, float ones are taken as normalised."""
         config = self.config
-        if image.shape[1:3] != (config.image_size,) * 2:
+        if image.shape[1:3] != (size := pair(config.image_size)):
             raise InputError(
-                f"the image encoder takes {config.image_size}×{config.image_size} pixels and "
-                f"the batch has {image.shape[1]}×{image.shape[2]}: let data.image_size and "
+                f"the image encoder takes {size[0]}×{size[1]} pixels and the batch has "
+                f"{image.shape[1]}×{image.shape[2]}: let data.image_size and "
                 "model.image.image_size agree."
             )
         if image.dtype == jnp.uint8:
             image = normalise(image, config.mean, config.std)
+        down, across = pair(config.patch_size)
         patches = rearrange(
-            image.astype(config.dtype),
-            "b (h p) (w q) c -> b (h w) (p q c)",
-            p=config.patch_size,
-            q=config.patch_size,
+            image.astype(config.dtype), "b (h p) (w q) c -> b (h w) p q c", p=down, q=across
         )
         x = self.patch(patches)
         if self.class_token is not None:
@@ -112,16 +125,22 @@ class ViT(nnx.Module):
             )
             x = jnp.concatenate([token, x], axis=1)
         x = x + self.position_embedding[...].astype(x.dtype)
+        if self.embedding_norm is not None:
+            x = self.embedding_norm(x)
         if key is not None:
             key, embedding_key = jax.random.split(key)
             x = self.dropout(x, rngs=embedding_key)
-        tokens = self.norm(self.blocks(x, key=key))
+        tokens = self.blocks(x, key=key)
+        if not config.norm_tokens:
+            return Encoded(tokens=tokens, mask=None, pooled=self.norm(tokens[:, 0]))
+        tokens = self.norm(tokens)
         return Encoded(tokens=tokens, mask=None, pooled=self._pool(tokens))
 
     def _pool(self, tokens):
         if self.pooling is not None:
             return self.pooling(tokens)
-        return tokens[:, 0] if self.config.pool == "class_token" else tokens.mean(axis=1)
+        pooled = tokens[:, 0] if self.config.pool == "class_token" else tokens.mean(axis=1)
+        return pooled if self.pooler is None else jnp.tanh(self.pooler(pooled))
 
 
 class AttentionPool(nnx.Module):

@@ -55,7 +55,7 @@ def masked_language_objective(
     )
     encoded = model.encode_text(masked_text, text_mask, features.dropout_key("masked text"))
     fused = model.fuse(features.image, encoded, features.dropout_key("masked fusion"))
-    logits = model.masked_language(fused.text_tokens, model.text)
+    logits = model.masked_language(fused.text_tokens, model.text.embeddings)
     total, weight = weighted(word_loss(logits, text), chosen)
     hit = logits.argmax(axis=-1) == text
     return Loss(total, weight, {"masked_language/accuracy": weighted(hit, chosen)})

@@ -183,7 +183,8 @@ def vit(params: Tree, image: np.ndarray, config: ViTConfig) -> tuple[np.ndarray,
         ],
         axis=1,
     )
-    x = dense(patches, p["patch"])
+    patch = {**p["patch"], "kernel": p["patch"]["kernel"].reshape(-1, config.width)}
+    x = dense(patches, patch)
     if config.pool == "class_token":
         x = np.concatenate([np.tile(p["class_token"], (len(x), 1, 1)), x], axis=1)
     x = x + p["position_embedding"]
@@ -209,10 +210,11 @@ def bert(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Devlin et al. 2019, section 3, and the published code's embedding LayerNorm."""
     p = in_float64(params)
-    x = p["token_embedding"]["embedding"][text]
-    x = x + p["position_embedding"]["embedding"][: text.shape[1]]
-    x = x + p["type_embedding"]["embedding"][np.broadcast_to(types, text.shape)]
-    x = layer_norm(x, p["embedding_norm"], config.epsilon)
+    tables = p["embeddings"]
+    x = tables["token_embedding"]["embedding"][text]
+    x = x + tables["position_embedding"]["embedding"][: text.shape[1]]
+    x = x + tables["type_embedding"]["embedding"][np.broadcast_to(types, text.shape)]
+    x = layer_norm(x, tables["norm"], config.epsilon)
     for layer in layers_of(p["blocks"], config.depth):
         x = attention_sublayer(x, None, layer["self_attention"], mask, config)
         x = mlp_sublayer(x, layer["mlp"], config)

@@ -71,9 +71,9 @@ def test_words_are_scored_by_the_embedding_table():
     graph, params = reference.split(lambda: BertEncoder(SMALL, nnx.Rngs(0)))
     x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
     encoder = nnx.merge(graph, params)
-    table = params["token_embedding"]["embedding"]
-    np.testing.assert_allclose(encoder.logits(jnp.asarray(x)), x @ table.T, atol=1e-4)
-    assert encoder.logits(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
+    table = params["embeddings"]["token_embedding"]["embedding"]
+    np.testing.assert_allclose(encoder.embeddings.logits(jnp.asarray(x)), x @ table.T, atol=1e-4)
+    assert encoder.embeddings.logits(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
 
 
 def loss_and_gradient(config, key):

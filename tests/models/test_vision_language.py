@@ -67,7 +67,8 @@ def test_agrees_with_the_papers(model):
         "pooled_output": pooled,
         "sequence_output": words,
         "itm_logits": dense(pooled, p["matching"]["classifier"]),
-        "mlm_logits": hidden @ p["text"]["token_embedding"]["embedding"].T + head["bias"],
+        "mlm_logits": hidden @ p["text"]["embeddings"]["token_embedding"]["embedding"].T
+        + head["bias"],
         "vqa_logits": dense(answer_hidden, answering["classifier"]),
     }
     assert set(found) == set(expected)
@@ -123,7 +124,10 @@ def test_fresh_parameters():
         np.testing.assert_allclose(kernel.std(), inputs**-0.5, rtol=0.08)
     assert not np.array_equal(*mlp["up"]["kernel"])
     assert not np.array_equal(attention["query"]["kernel"], attention["key"]["kernel"])
-    for table in (p["text"]["token_embedding"]["embedding"], p["image"]["position_embedding"]):
+    for table in (
+        p["text"]["embeddings"]["token_embedding"]["embedding"],
+        p["image"]["position_embedding"],
+    ):
         assert 0.014 < table.std() < 0.022
     for path, leaf in zip(leaf_paths(p), jax.tree.leaves(p), strict=True):
         assert leaf.dtype == jnp.float32

@@ -1,0 +1,49 @@
+"""What every whole model has in common: named inputs in, named outputs out."""
+
+import inspect
+from typing import Any
+
+import jax
+from flax import nnx
+from jaxtyping import Key
+
+from mmjax.errors import InputError, near_misses
+
+
+class Model(nnx.Module):
+    """Call it with the fields of a batch by name; it answers with a dict of outputs by name.
+
+    Inputs are named as in a batch (`docs/models.md` lists them): `image [B,H,W,3]` (float and
+    already normalised, or uint8), `text [B,L]`, `text_mask [B,L]`, `regions [B,R,F]`, …; outputs as
+    Hugging Face names them. A family defines `forward`, whose parameters are what it can take.
+    """
+
+    family = ""  # whose names it was loaded under, if it was; `mmjax.save_huggingface` writes them
+
+    def __call__(
+        self, *, train: bool = False, key: Key[jax.Array, ""] | None = None, **inputs: Any
+    ) -> dict[str, Any]:
+        """All that the model has to say of a batch.
+
+        With `train=True` dropout is drawn from `key`; without, nothing is random.
+
+        Raises InputError where an input is unknown or missing.
+        """
+        if train != (key is not None):
+            raise InputError("train=True draws dropout from a key: give both, or neither.")
+        parameters = dict(inspect.signature(self.forward).parameters)
+        parameters.pop("key", None)
+        name = type(self).__name__
+        for unknown in inputs.keys() - parameters.keys():
+            raise InputError(
+                f"{name} takes no input {unknown!r}.{near_misses(unknown, parameters)}"
+            )
+        for needed, parameter in parameters.items():
+            if parameter.default is inspect.Parameter.empty and inputs.get(needed) is None:
+                raise InputError(f"{name} needs the input {needed!r}.")
+        arrays = {k: None if v is None else jax.numpy.asarray(v) for k, v in inputs.items()}
+        return self.forward(**arrays, key=key)
+
+    def forward(self, **_: Any) -> dict[str, Any]:
+        """The outputs of one batch; `key=None` runs without dropout."""
+        raise NotImplementedError

@@ -1,0 +1,89 @@
+"""Two encoders whose vectors meet on a sphere: CLIP, SigLIP, ALIGN, any image and text encoder."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from mmjax.layers import split_key
+from mmjax.models.encoders import ImageConfig, TextConfig, image_encoder, text_encoder
+from mmjax.models.features import Encoded
+from mmjax.models.heads import ContrastiveConfig, ContrastiveHead, unit
+from mmjax.models.model import Model
+
+
+@dataclass(frozen=True)
+class TwoTowerConfig:
+    """An image encoder, a text encoder, and how they are compared."""
+
+    image: ImageConfig
+    text: TextConfig
+    contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
+
+
+class TwoTower(Model):
+    """Similarities of every picture with every text of a batch."""
+
+    def __init__(self, config: TwoTowerConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.image = image_encoder(config.image, rngs)
+        self.text = text_encoder(config.text, rngs)
+        self.contrastive = ContrastiveHead(
+            config.image.width, config.text.width, config.contrastive, rngs
+        )
+
+    def encode_image(
+        self,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Features of pictures (uint8, or float already normalised)."""
+        return self.image(image, key=key)
+
+    def encode_text(
+        self,
+        text: Int[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Features of token ids."""
+        return self.text(text, text_mask, key=key)
+
+    def forward(
+        self,
+        image: Float[Array, "pictures height width 3"]
+        | UInt8[Array, "pictures height width 3"]
+        | None = None,
+        text: Int[Array, "texts length"] | None = None,
+        text_mask: Bool[Array, "texts length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> dict[str, Any]:
+        """Of pictures `image_embeds [B,E]`, of texts `text_embeds`, of both `logits_per_image`.
+
+        The encoders' own outputs are under `vision_model_output` and `text_model_output`.
+        """
+        image_key, text_key = split_key(key, 2)
+        out: dict[str, Any] = {}
+        if image is not None:
+            encoded = self.encode_image(image, image_key)
+            vector = self.contrastive.project_image(encoded.pooled)
+            out["vision_model_output"] = self._describe(encoded, vector, self.config.image)
+            out["image_embeds"] = unit(vector)
+        if text is not None:
+            encoded = self.encode_text(text, text_mask, text_key)
+            first = self.config.contrastive.text_token
+            vector = self.contrastive.project_text(
+                encoded.tokens[:, 0] if first else encoded.pooled
+            )
+            out["text_model_output"] = self._describe(encoded, vector, self.config.text)
+            out["text_embeds"] = unit(vector)
+        if image is not None and text is not None:
+            logits = self.contrastive.logits(out["image_embeds"], out["text_embeds"])
+            out["logits_per_image"], out["logits_per_text"] = logits, logits.T
+        return out
+
+    def _describe(self, encoded, vector, config):
+        """What Hugging Face calls pooler_output is the encoder's pooler, or else the projection."""
+        pooled = encoded.pooled if getattr(config, "pooler", False) else vector
+        return {"last_hidden_state": encoded.tokens, "pooler_output": pooled}

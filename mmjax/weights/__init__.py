@@ -1,0 +1,5 @@
+"""Public weights in and out: Hugging Face folders and original checkpoints <-> our parameters."""
+
+from mmjax.weights.loading import load, save_huggingface
+
+__all__ = ["load", "save_huggingface"]

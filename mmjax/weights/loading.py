@@ -1,0 +1,325 @@
+"""Public weights in and out: `load` and `save_huggingface`."""
+
+import dataclasses
+import difflib
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax import config as configuration
+from mmjax.errors import InputError, near_misses
+from mmjax.models.model import Model
+from mmjax.models.vision_language import VisionLanguageModel
+from mmjax.rules import leaf_paths, path_name
+from mmjax.training.checkpoints import load_assets, load_parameters
+from mmjax.weights.families import FAMILIES
+from mmjax.weights.family import Family, Source
+from mmjax.weights.files import Tensors, open_tensors, read_json, write_safetensors
+from mmjax.weights.hub import resolve
+from mmjax.weights.names import Pair, expand, to_theirs
+
+CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+
+
+def load(
+    source: str | Path,
+    *,
+    family: str = "",
+    config: Mapping[str, Any] | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    vocab_size: int | None = None,
+    strict: bool = True,
+) -> Model:
+    """A model with its weights.
+
+    Args:
+      source: a Hugging Face folder (`config.json` and weights), its Hub name
+        (`hf://openai/clip-vit-base-patch32`, optional `@revision`), one of our own checkpoints
+        (WORKDIR, WORKDIR@STEP, WORKDIR@best), or, with `family`, a file of weights.
+      family: the family of an original checkpoint, which carries no config.
+      config: the fields of that family's config dataclass (`docs/models.md`).
+      image_size: for another resolution; position embeddings are resized.
+      vocab_size: for another vocabulary; rows of the word table are cut, or added as their mean.
+      strict: refuse weights that do not fit exactly. With False, parameters that the source lacks
+        stay at their initial value and tensors that the model lacks are left; both are logged.
+
+    Raises:
+      InputError: the source cannot be read, is of no known family, contradicts its config, or does
+        not fit: one message with every missing, unexpected and misshapen tensor.
+    """
+    opened = open_source(source, family=family, config=config)
+    if isinstance(opened, Model):
+        return opened
+    resized = {"image_size": image_size, "vocabulary_size": vocab_size}
+    resized = {name: size for name, size in resized.items() if size is not None}
+    for name, size in resized.items():
+        opened = dataclasses.replace(opened, config=_with_field(opened.config, name, size))
+    return opened.build(strict=strict, resize=bool(resized))
+
+
+def save_huggingface(model: Model, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` as `transformers` names them.
+
+    A family without a class there is written under the names of its original code, with our config
+    in `config.json`; `load` reads both.
+
+    Raises InputError where no family has such a model, or the folder cannot be written.
+    """
+    folder, family = Path(folder), family_of(model)
+    params = nnx.to_pure_dict(nnx.state(model))
+    arrays = to_theirs(pairs_of(family, model.config, params), by_path(params))
+    if family.write is not None:
+        description = family.write(model.config)
+    else:
+        description = {"model_type": family.name, "mmjax": dataclasses.asdict(model.config)}
+    write_safetensors(folder / "model.safetensors", arrays)
+    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """Weights on disk, of which the description has been read and the weights have not."""
+
+    family: Family
+    config: Any
+    tensors: Tensors
+
+    def build(self, *, strict: bool = True, resize: bool = False) -> Model:
+        """The model with these weights; see `load`."""
+        graph, abstract = self._abstract()
+        matched = Matched(pairs_of(self.family, self.config, abstract), self, resize)
+        matched.check(strict)
+        values = matched.read()
+        if missing := [path for path in leaf_paths(abstract) if path not in values]:
+            fresh = nnx.to_pure_dict(nnx.state(self.family.model(self.config, nnx.Rngs(0))))
+            values |= {path: value for path, value in by_path(fresh).items() if path in missing}
+        tree = jax.tree_util.tree_map_with_path(
+            lambda path, _: jnp.asarray(values[path_name(path)]), abstract
+        )
+        model = nnx.merge(graph, tree)
+        model.family = self.family.name
+        return model
+
+    def matched(self) -> "Matched":
+        """Every parameter beside the tensors that it comes from."""
+        return Matched(pairs_of(self.family, self.config, self._abstract()[1]), self)
+
+    def _abstract(self) -> tuple[nnx.GraphDef, Any]:
+        model = nnx.eval_shape(lambda: self.family.model(self.config, nnx.Rngs(0)))
+        graph, state = nnx.split(model)
+        return graph, nnx.to_pure_dict(state)
+
+
+class Matched:
+    """A model's parameters and the tensors of a source, laid beside each other."""
+
+    def __init__(self, pairs: Sequence[Pair], opened: Opened, resize: bool = False):
+        self.pairs, self.opened = pairs, opened
+        tensors, family = opened.tensors, opened.family
+        self.there = {name: self._find(name) for pair in pairs for name in pair.names}
+        used = {name for name in self.there.values() if name}
+        unused = [re.compile(pattern) for pattern in family.unused]
+        self.missing = [name for name, there in self.there.items() if not there]
+        self.unexpected = [
+            name
+            for name in tensors
+            if name not in used
+            and not self._is_tied(name)
+            and not any(pattern.fullmatch(name) for pattern in unused)
+        ]
+        self.misshapen = [
+            f"{there}: {list(tensors.shape(there))}, expected {list(pair.their_shape)}"
+            for pair in pairs
+            for there in map(self.there.__getitem__, pair.names)
+            if there
+            and tensors.shape(there) != pair.their_shape
+            and not (resize and self._resizes(pair, tensors.shape(there)))
+        ]
+
+    def check(self, strict: bool) -> None:
+        """Refuse what does not fit, or log it where that is allowed."""
+        origin = self.opened.tensors.origin
+        problems = (
+            _listed("missing", _with_hints(self.missing, self.unexpected))
+            + _listed("unexpected", _with_hints(self.unexpected, self.missing))
+            + _listed("misshapen", self.misshapen)
+        )
+        if problems and (strict or self.misshapen):
+            raise InputError(
+                f"{origin}: the weights are not those of this {self.opened.family.name} model."
+                + problems
+                + ("\nstrict=False leaves what is missing at its initial value." if strict else "")
+            )
+        if problems:
+            logging.warning("%s: loaded with differences.%s", origin, problems)
+
+    def read(self) -> dict[str, np.ndarray]:
+        """The parameters that the source has, by path."""
+        values = {}
+        for pair in self.pairs:
+            names = [self.there[name] for name in pair.names]
+            if all(names):
+                layers = [self._read(pair, name) for name in names if name]
+                values[pair.path] = np.stack(layers) if pair.stacked else layers[0]
+        return values
+
+    def _read(self, pair: Pair, name: str) -> np.ndarray:
+        array = self.opened.tensors[name]
+        if array.shape != pair.their_shape and pair.entry.resize is not None:
+            array = pair.entry.resize(array.reshape(-1, *pair.shape[1:]), pair.shape)
+            return array.astype(np.float32)
+        return pair.to_ours(array)
+
+    def _resizes(self, pair: Pair, shape: tuple[int, ...]) -> bool:
+        """Whether the entry can bring a tensor of this shape to ours: only its rows may differ."""
+        return pair.entry.resize is not None and (
+            len(shape) == len(pair.their_shape) and shape[-1:] == pair.shape[1:][-1:]
+        )
+
+    def _find(self, name: str) -> str | None:
+        """The name that a tensor has in the source: some classes write a prefix, others do not."""
+        prefix, tensors = self.opened.family.prefix, self.opened.tensors
+        spellings = [name, prefix + name, name.removeprefix(prefix) if prefix else name]
+        return next((spelling for spelling in spellings if spelling in tensors), None)
+
+    def _is_tied(self, name: str) -> bool:
+        """Whether a tensor only repeats another one, as it should."""
+        target = self.opened.family.tied.get(name)
+        there = self._find(target) if target else None
+        if not there:
+            return False
+        tensors = self.opened.tensors
+        if not np.array_equal(tensors[name], tensors[there]):
+            raise InputError(
+                f"{tensors.origin}: {name} differs from {there}, which it repeats in this family: "
+                "a model with its own output table is not supported."
+            )
+        return True
+
+
+def open_source(
+    source: str | Path, *, family: str = "", config: Mapping[str, Any] | None = None
+) -> Opened | Model:
+    """What lies at `source`: weights of a family, or a model of our own from its checkpoint."""
+    path = resolve(str(source))
+    if family:
+        chosen = _named(family, f"family={family!r}")
+        built = configuration.build(chosen.config, dict(config or {}), "config")
+        return Opened(chosen, built, open_tensors(path))
+    if config is not None:
+        raise InputError("config= describes an original checkpoint: give its family= as well.")
+    if path.is_file():
+        raise InputError(
+            f"{path} is one file, and carries no config: give the folder with its config.json, or "
+            "family= and config=."
+        )
+    if not (path / CONFIG).exists():
+        return _load_checkpoint(str(source))
+    return _open_folder(path)
+
+
+def _open_folder(folder: Path) -> Opened:
+    description = read_json(folder / CONFIG)
+    origin = str(folder / CONFIG)
+    kind = description.get("model_type", "")
+    family = _named(kind, f"{origin}: model_type {kind!r}")
+    tensors = open_tensors(folder)
+    if "mmjax" in description:
+        config = configuration.build(family.config, description["mmjax"], f"{origin}: mmjax")
+    elif family.read is None:
+        raise InputError(
+            f"{origin} is not ours; original weights of {family.name} are loaded as a file, with "
+            "family= and config=."
+        )
+    else:
+        config = family.read(Source(description, list(tensors), origin))
+    return Opened(family, _with_statistics(config, folder / PREPROCESSOR), tensors)
+
+
+def _named(name: str, what: str) -> Family:
+    if name not in FAMILIES:
+        raise InputError(f"{what} is of no family that is known.{near_misses(name, FAMILIES)}")
+    return FAMILIES[name]
+
+
+def _load_checkpoint(source: str) -> Model:
+    assets = load_assets(source)
+    config = configuration.model_config(assets["config"]["model"])
+    ema = assets["config"]["optimizer"]["ema_decay"] > 0
+    graph = nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(config, nnx.Rngs(0))))[0]
+    return nnx.merge(graph, jax.tree.map(jnp.asarray, load_parameters(source, ema=ema)))
+
+
+def family_of(model: Model) -> Family:
+    """The family under whose names a model is written: that it was loaded as, or one that fits."""
+    if model.family:
+        return FAMILIES[model.family]
+    for family in FAMILIES.values():
+        if type(model.config) is family.config and family.is_member(model.config):
+            return family
+    raise InputError(
+        f"no published format holds this {type(model).__name__}: its configuration is that of no "
+        f"family ({', '.join(FAMILIES)}). Our own checkpoints keep it."
+    )
+
+
+def pairs_of(family: Family, config: Any, params: Any) -> list[Pair]:
+    """The parameters of a model and their names on disk."""
+    shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
+    return expand(family.table(config), shapes)
+
+
+def by_path(params: Any) -> dict[str, Any]:
+    """Leaves by slash path."""
+    return dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+
+
+def _with_field(config: Any, name: str, value: Any) -> Any:
+    """The config with a field replaced, wherever in it that field is."""
+    changed, found = _replace(config, name, value)
+    if not found:
+        raise InputError(f"this {type(config).__name__} has no {name} to change.")
+    return changed
+
+
+def _replace(config: Any, name: str, value: Any) -> tuple[Any, bool]:
+    if not dataclasses.is_dataclass(config) or isinstance(config, type):
+        return config, False
+    names = [field.name for field in dataclasses.fields(config)]
+    if name in names:
+        return dataclasses.replace(config, **{name: value}), True
+    parts = {part: _replace(getattr(config, part), name, value) for part in names}
+    changes = {part: changed for part, (changed, found) in parts.items() if found}
+    return dataclasses.replace(config, **changes), bool(changes)
+
+
+def _with_statistics(config: Any, preprocessor: Path) -> Any:
+    """The mean and deviation of pixels are the processor's, and uint8 pictures need them here."""
+    if not preprocessor.exists():
+        return config
+    described = read_json(preprocessor)
+    for name, key in (("mean", "image_mean"), ("std", "image_std")):
+        if isinstance(values := described.get(key), list):
+            config = _replace(config, name, tuple(values))[0]
+    return config
+
+
+def _with_hints(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Names, and beside each the nearest one on the other side of the difference."""
+    hinted = []
+    for name in names:
+        close = difflib.get_close_matches(name, others, n=1, cutoff=0.8) if len(names) < 100 else []
+        hinted.append(f"{name}  (there is {close[0]})" if close else name)
+    return hinted
+
+
+def _listed(title: str, lines: Sequence[str]) -> str:
+    return "".join([f"\n{len(lines)} {title}:", *(f"\n  {line}" for line in lines)] * bool(lines))
