@@ -1,13 +1,16 @@
 """What the parts of a model hand to one another."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float
 
-AnyArray = jax.Array | np.ndarray  # on devices, or in host memory after an evaluation
+if TYPE_CHECKING:
+    AnyArray = jax.Array
+else:
+    AnyArray = jax.Array | np.ndarray  # on devices, or in host memory after an evaluation
 
 
 @jax.tree_util.register_dataclass

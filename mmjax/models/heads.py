@@ -5,6 +5,7 @@ tie, and 3.14 is as near as they get.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -31,7 +32,7 @@ class ContrastiveHead(nnx.Module):
     """Projections of both pooled vectors onto one unit sphere, with a learnt scale.
 
     The scale is stored as its logarithm and starts at 1 / 0.07 (Radford et al. 2021, section 2.5);
-    `optimizer.bounds` keeps it below 100 as there. ALIGN (Jia et al. 2021) stores what to divide by.
+    `optimizer.bounds` keeps it below 100 as there. ALIGN (Jia et al. 2021) stores a divisor.
     """
 
     def __init__(
@@ -42,7 +43,7 @@ class ContrastiveHead(nnx.Module):
 
         self.image_projection = projection(image_width) if config.project_image else None
         self.text_projection = projection(text_width) if config.project_text else None
-        self.temperature = nnx.Param(jnp.asarray(1.0)) if config.temperature else None
+        self.temperature: Any = nnx.Param(jnp.asarray(1.0)) if config.temperature else None
         self.logit_scale = (
             None if config.temperature else nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
         )
@@ -76,7 +77,7 @@ class ContrastiveHead(nnx.Module):
     @property
     def scale(self) -> Float[Array, ""]:
         """What similarities are multiplied by."""
-        if self.temperature is not None:
+        if self.logit_scale is None:
             return 1 / self.temperature[...]
         return jnp.exp(self.logit_scale[...])
 

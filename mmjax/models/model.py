@@ -1,6 +1,7 @@
 """What every whole model has in common: named inputs in, named outputs out."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,8 @@ class Model(nnx.Module):
     Hugging Face names them. A family defines `forward`, whose parameters are what it can take.
     """
 
+    config: Any
+    forward: Callable[..., dict[str, Any]]  # the outputs of one batch; `key=None`: no dropout
     family = ""  # whose names it was loaded under, if it was; `mmjax.save_huggingface` writes them
 
     def __call__(
@@ -43,7 +46,3 @@ class Model(nnx.Module):
                 raise InputError(f"{name} needs the input {needed!r}.")
         arrays = {k: None if v is None else jax.numpy.asarray(v) for k, v in inputs.items()}
         return self.forward(**arrays, key=key)
-
-    def forward(self, **_: Any) -> dict[str, Any]:
-        """The outputs of one batch; `key=None` runs without dropout."""
-        raise NotImplementedError

@@ -59,8 +59,8 @@ class ViTConfig(LayerConfig):
             self.fill_widths(*SIZES[letters])
             object.__setattr__(self, "patch_size", self.patch_size or int(patch))
         super().__post_init__()
-        for pixels, patch in zip(pair(self.image_size), pair(self.patch_size), strict=True):
-            if patch < 1 or pixels < 1 or pixels % patch:
+        for pixels, side in zip(pair(self.image_size), pair(self.patch_size), strict=True):
+            if side < 1 or pixels < 1 or pixels % side:
                 raise InputError(
                     f"image_size {self.image_size} is no multiple of patch_size {self.patch_size}."
                 )

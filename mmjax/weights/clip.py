@@ -7,11 +7,12 @@ from mmjax.errors import InputError
 from mmjax.models.heads import ContrastiveConfig
 from mmjax.models.text_tower import TextTowerConfig
 from mmjax.models.two_tower import TwoTower, TwoTowerConfig
-from mmjax.models.vit import ViTConfig, resize_position_embedding
+from mmjax.models.vit import ViTConfig
 from mmjax.weights.bert import UNUSED, resize_rows
 from mmjax.weights.family import Family, Source
 from mmjax.weights.keys import ACTIVATIONS, Fixed, Key, read_keys, write_keys
 from mmjax.weights.names import Entry, Table, modules, under
+from mmjax.weights.vit import resize_positions
 
 IMAGE_KEYS = (
     Key("hidden_size", "width", 768),
@@ -55,7 +56,7 @@ IMAGE: Table = (
     Entry(
         "position_embedding",
         "embeddings.position_embedding.weight",
-        resize=resize_position_embedding,
+        resize=resize_positions,
     ),
     *modules(
         {
@@ -115,7 +116,7 @@ def _read(source: Source) -> TwoTowerConfig:
     )
 
 
-def _write(config: TwoTowerConfig) -> dict[str, Any]:
+def _write(config: Any) -> dict[str, Any]:
     width = config.contrastive.width
     end = _NO_END_TOKEN if config.text.pool == "largest" else config.text.end_token
     return {

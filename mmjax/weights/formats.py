@@ -220,7 +220,7 @@ def _safetensors_entry(path: Path, name: str, entry: Any) -> _Entry:
             and begin <= end
         ):
             dtype = known_dtype(_SAFETENSORS_DTYPES.get(code, f"{code} (safetensors)"), name, path)
-            (lambda *a: 0)(path, name, tuple(shape), dtype, end - begin)
+            _check_bytes(path, name, tuple(shape), dtype, end - begin)
             return _Entry(name, dtype, tuple(shape), begin, end)
     raise InputError(
         f"{path}: the header must give the tensor {name!r} a dtype, a shape and data_offsets, "

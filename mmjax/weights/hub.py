@@ -41,7 +41,7 @@ def resolve(source: str | os.PathLike[str], weights: bool = True) -> Path:
     """
     source = os.fspath(source)
     if not source.startswith(_SCHEME):
-        return _local(Path(source))
+        return _local(source)
     match = _SOURCE.fullmatch(source)
     if match is None or ".." in re.split("[/@]", source):
         raise InputError(
@@ -67,13 +67,15 @@ def resolve(source: str | os.PathLike[str], weights: bool = True) -> Path:
     )
 
 
-def _local(path: Path) -> Path:
-    path = path.expanduser()
-    if not os.path.lexists(path):
-        owned = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", str(path))
-        hint = f" On the Hugging Face Hub that is {_SCHEME}{path}." if owned else ""
-        raise InputError(f"{path}: there is no such file or folder.{hint}")
-    return path
+def _local(source: str) -> Path:
+    path = Path(source).expanduser()
+    # Our own checkpoints may lie on another file system (gs://) and be selected, as in RUN@best.
+    folder = str(path).rpartition("@")[0] or path
+    if "://" in source or os.path.lexists(path) or os.path.lexists(folder):
+        return path
+    owned = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w.-]+)?", source)
+    hint = f" On the Hugging Face Hub that is {_SCHEME}{source}." if owned else ""
+    raise InputError(f"{path}: there is no such file or folder.{hint}")
 
 
 def _fetch(

@@ -4,9 +4,9 @@ A table is a tuple of entries. Most name a module here and a module there, and i
 
     Entry("blocks/layers/mlp/up", "encoder.layer.{n}.intermediate.dense")
 
-says that torch's `encoder.layer.0.intermediate.dense.weight`, `[out, in]`, is transposed and becomes
-row 0 of the stacked `…/mlp/up/kernel`, and `.bias` row 0 of `…/mlp/up/bias`. What is done to a
-tensor follows from the kind of our leaf; an entry says what does not follow.
+says that torch's `encoder.layer.0.intermediate.dense.weight`, `[out, in]`, transposed, is row 0 of
+the stacked `…/mlp/up/kernel`, and `.bias` row 0 of `…/mlp/up/bias`. What is done to a tensor
+follows from the kind of our leaf; an entry says what does not follow.
 """
 
 import math
@@ -37,8 +37,8 @@ class Entry:
     Attributes:
       ours: path of a module, or of a parameter that is no leaf of a module (`class_token`). `{s}`
         stands for an index that occurs in both names, as the stage of a network.
-      theirs: the name there. `{n}` stands for the layer, where ours is stacked over layers, `{leaf}`
-        for 'weight' or 'bias', where that does not stand behind a dot at the end.
+      theirs: the name there. `{n}` stands for the layer, where ours is stacked over layers, and
+        `{leaf}` for 'weight' or 'bias', where that does not stand behind a dot at the end.
       first: the number there of our first layer.
       part: (i, n): ours is the i-th of n equal parts of theirs along its outputs.
       transpose: false where kernels lie there as here, [in, out].
@@ -211,9 +211,13 @@ def to_theirs(pairs: Iterable[Pair], parameters: Mapping[str, Any]) -> dict[str,
         for name, layer in zip(pair.names, array if pair.stacked else [array], strict=True):
             parts.setdefault(name, {})[pair.entry.part[0]] = pair.to_theirs(layer)
             axes[name] = pair.output_axis
-    return {
+    arrays = {
         name: np.concatenate([found[i] for i in sorted(found)], axis=axes[name])
         if len(found) > 1
         else found[0]
         for name, found in parts.items()
     }
+    # Torch counts the updates of running statistics beside them; ours are none.
+    modules = [name.removesuffix("mean") for name in arrays if name.endswith(".running_mean")]
+    counts = {name.removesuffix("running_") + "num_batches_tracked" for name in modules}
+    return arrays | dict.fromkeys(counts, np.zeros((), np.int64))

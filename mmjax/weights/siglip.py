@@ -122,7 +122,7 @@ def _write_text(config: TextTowerConfig) -> dict[str, Any]:
     return {**write_keys(_TEXT_KEYS, config), "projection_size": config.width}
 
 
-def _write(config: TwoTowerConfig) -> dict[str, Any]:
+def _write(config: Any) -> dict[str, Any]:
     return {
         "architectures": ["SiglipModel"],
         "model_type": "siglip",
@@ -134,7 +134,7 @@ def _write(config: TwoTowerConfig) -> dict[str, Any]:
     }
 
 
-def _write_2(config: TwoTowerConfig) -> dict[str, Any]:
+def _write_2(config: Any) -> dict[str, Any]:
     down, across = config.image.grid
     return {
         "architectures": ["Siglip2Model"],

@@ -4,11 +4,10 @@ from typing import Any
 
 from mmjax.models.encoders import ImageModel, ImageModelConfig
 from mmjax.models.swin import SwinConfig
-from mmjax.models.vit import resize_position_embedding
 from mmjax.weights.family import Family, Source
 from mmjax.weights.keys import ACTIVATIONS, Fixed, Key, read_keys, write_keys
 from mmjax.weights.names import Entry, Table, modules, under
-from mmjax.weights.vit import read_labels, write_labels
+from mmjax.weights.vit import read_labels, resize_positions, write_labels
 
 KEYS = (
     Key("embed_dim", "stem_width", 96),
@@ -32,7 +31,7 @@ ENCODER: Table = (
         "position_embedding",
         "embeddings.position_embeddings",
         leading=1,
-        resize=resize_position_embedding,
+        resize=resize_positions,
     ),
     *modules(
         {

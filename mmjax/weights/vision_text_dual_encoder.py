@@ -27,7 +27,7 @@ def _read(source: Source) -> TwoTowerConfig:
     )
 
 
-def _write(config: TwoTowerConfig) -> dict[str, Any]:
+def _write(config: Any) -> dict[str, Any]:
     return {
         "architectures": ["VisionTextDualEncoderModel"],
         "model_type": "vision-text-dual-encoder",
@@ -45,7 +45,7 @@ def _table(config: TwoTowerConfig) -> Table:
     )
 
 
-def _is_member(config: TwoTowerConfig) -> bool:
+def _is_member(config: Any) -> bool:
     return (
         vit.is_encoder(config.image)
         and bert.is_encoder(config.text)

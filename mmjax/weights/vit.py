@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import numpy as np
+
 from mmjax.models.encoders import ImageModel, ImageModelConfig
 from mmjax.models.vit import ViTConfig, resize_position_embedding
 from mmjax.weights.family import Family, Source
@@ -23,13 +25,19 @@ KEYS = (
     Fixed("pooler_act", "tanh"),
 )
 
+
+def resize_positions(table: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Position embeddings for another number of patches."""
+    return resize_position_embedding(table, shape[0])
+
+
 ENCODER: Table = (
     Entry("class_token", "embeddings.cls_token", leading=1),
     Entry(
         "position_embedding",
         "embeddings.position_embeddings",
         leading=1,
-        resize=resize_position_embedding,
+        resize=resize_positions,
     ),
     *modules(
         {
@@ -79,9 +87,7 @@ def is_encoder(config: Any) -> bool:
 
 
 def _read(source: Source) -> ImageModelConfig:
-    labels = ()
-    if source.has("classifier.weight"):
-        labels = read_labels(source.json)
+    labels = read_labels(source.json) if source.has("classifier.weight") else ()
     return ImageModelConfig(
         read_encoder(source.json, source.origin, source.has("pooler.dense.weight")), labels
     )
@@ -101,7 +107,7 @@ def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def _write(config: ImageModelConfig) -> dict[str, Any]:
+def _write(config: Any) -> dict[str, Any]:
     kind = "ViTForImageClassification" if config.labels else "ViTModel"
     labels = write_labels(config.labels) if config.labels else {}
     return {"architectures": [kind], **write_encoder(config.image), **labels}

@@ -29,9 +29,9 @@ PROJECTED = tiny_model(
 
 def call(model, batch):
     graph, params = reference.split(lambda: VisionLanguageModel(model, nnx.Rngs(0)))
-    inputs = [jnp.asarray(batch[name]) for name in ("image", "text", "text_mask")]
-    run = jax.jit(lambda params, *inputs: nnx.merge(graph, params)(*inputs))
-    return params, run(params, *inputs)
+    inputs = {name: jnp.asarray(batch[name]) for name in ("image", "text", "text_mask")}
+    run = jax.jit(lambda params, inputs: nnx.merge(graph, params)(**inputs))
+    return params, run(params, inputs)
 
 
 def unit(x):

@@ -99,7 +99,7 @@ def run(text, mask, valid, logits, key=0):
     features.__dict__["image"] = encoded
     features.model = SimpleNamespace(
         config=SimpleNamespace(text=SimpleNamespace(vocabulary_size=WORDS)),
-        text=None,
+        text=SimpleNamespace(embeddings=None),
         encode_text=encode_text,
         fuse=lambda image, text, key: SimpleNamespace(text_tokens=text.tokens),
         masked_language=lambda tokens, encoder: jnp.asarray(logits),

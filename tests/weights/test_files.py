@@ -191,6 +191,26 @@ def test_absent_tensor_is_a_key_error(tmp_path):
         tensors["b"]
 
 
+# Values
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
+def test_values_that_are_not_finite(tmp_path, kind, value):
+    path = tmp_path / "model.safetensors"
+    broken = np.array([[1, value], [value, 2]], kind)
+    save_file({"good": np.ones(2, np.float32), "layer.0.bad": broken}, path)
+    tensors = open_tensors(path)
+    assert tensors["good"].tolist() == [1, 1]
+    with pytest.raises(InputError, match=r"model.safetensors.*of the 4 .*'layer.0.bad', 2 are NaN"):
+        tensors["layer.0.bad"]
+
+
+def test_float64_beyond_float32(tmp_path):
+    save_file({"a": np.array([1e300])}, tmp_path / "model.safetensors")
+    refused(tmp_path, "'a'", "float32")
+
+
 # Writing
 
 

@@ -259,23 +259,6 @@ def test_other_suffixes_and_impossible_names(tmp_path):
     refused(tmp_path / ("x" * 5000 + ".npz"), "no such file")
 
 
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("kind", ["float16", "bfloat16", "float32", "float64"])
-def test_values_that_are_not_finite(tmp_path, kind, value):
-    path = tmp_path / "model.safetensors"
-    broken = np.array([[1, value], [value, 2]], kind)
-    save_file({"good": np.ones(2, np.float32), "layer.0.bad": broken}, path)
-    tensors = open_tensors(path)
-    assert tensors["good"].tolist() == [1, 1]
-    with pytest.raises(InputError, match=r"model.safetensors.*of the 4 .*'layer.0.bad', 2 are NaN"):
-        tensors["layer.0.bad"]
-
-
-def test_float64_beyond_float32(tmp_path):
-    save_file({"a": np.array([1e300])}, tmp_path / "model.safetensors")
-    refused(tmp_path / "model.safetensors", "'a'", "float32")
-
-
 # numpy
 
 
@@ -307,6 +290,11 @@ def test_npz_with_objects_executes_nothing(tmp_path):
     objects = np.array([Malicious(tmp_path / "executed")], dtype=object)
     np.savez(tmp_path / "a.npz", good=np.ones(2), bad=objects)
     refused(tmp_path / "a.npz", "'bad'", "objects")
+    np.savez(tmp_path / "b.npz", bad=np.ones(2))
+    tensors = open_tensors(tmp_path / "b.npz")
+    np.savez(tmp_path / "b.npz", bad=objects)  # put in its place after it was opened
+    with pytest.raises(InputError, match="'bad' cannot be read"):
+        tensors["bad"]
     assert not (tmp_path / "executed").exists()
 
 

@@ -65,7 +65,7 @@ def test_local_paths_stay(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "name").mkdir(parents=True)
-    for path in ("owner/name", Path("owner/name"), str(tmp_path)):
+    for path in ("owner/name", Path("owner/name"), str(tmp_path), "owner/name@best", "gs://a/b"):
         assert resolve(path) == Path(path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert resolve("~/owner") == tmp_path / "owner"
@@ -74,6 +74,7 @@ def test_local_paths_stay(tmp_path, monkeypatch):
 def test_path_that_is_not_there(tmp_path):
     refused(tmp_path / "x", str(tmp_path / "x"), "no such file or folder")
     refused("openai/clip-vit-base-patch32", "hf://openai/clip-vit-base-patch32")
+    refused("owner/name@best", "hf://owner/name@best")
 
 
 # The cache
