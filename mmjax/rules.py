@@ -20,6 +20,11 @@ def leaf_paths(tree: Any) -> list[str]:
     return [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
+def by_path(tree: Any) -> dict[str, Any]:
+    """Leaves by their path."""
+    return dict(zip(leaf_paths(tree), jax.tree.leaves(tree), strict=True))
+
+
 def path_name(path: Iterable[Any]) -> str:
     """'params/text/layers/query/kernel' of a JAX key path, whatever containers it runs through."""
     return jax.tree_util.keystr(tuple(path), simple=True, separator="/")

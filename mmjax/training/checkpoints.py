@@ -28,7 +28,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mmjax.errors import InputError, near_misses
-from mmjax.rules import path_name
+from mmjax.rules import by_path
 
 Tree = Any  # a pytree of arrays, or of their ShapeDtypeStructs
 Path: TypeAlias = str | os.PathLike[str]
@@ -388,12 +388,6 @@ def _blaming(folder: epath.Path) -> Iterator[None]:
 
 
 # --- Comparing trees ----------------------------------------------------------------------------
-
-
-def by_path(tree: Tree) -> dict[str, Any]:
-    """The leaves by slash path, `params/head/kernel`."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return {path_name(path): leaf for path, leaf in leaves}
 
 
 def _shapes(tree: Tree) -> dict[str, tuple[int, ...]]:

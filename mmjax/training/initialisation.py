@@ -8,7 +8,8 @@ import jax
 import numpy as np
 
 from mmjax.errors import InputError
-from mmjax.training.checkpoints import Tree, by_path, listed
+from mmjax.rules import by_path
+from mmjax.training.checkpoints import Tree, listed
 
 Resize = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray | None]
 

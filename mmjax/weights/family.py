@@ -34,7 +34,8 @@ class Family:
       write: the config.json of our config; None where `transformers` has no such class.
       is_member: whether a config of the right dataclass is of this family.
       prefix: of all names there, that some classes write and others leave out.
-      tied: names there that repeat another tensor, which may be absent; -> that tensor.
+      tied: names there that repeat another tensor, which may be absent; -> that tensor. Where they
+        depend on the config, a function of it.
       unused: names there that are no weights of the model, as regular expressions.
     """
 
@@ -46,5 +47,9 @@ class Family:
     write: Callable[[Any], dict[str, Any]] | None = None
     is_member: Callable[[Any], bool] = lambda config: True
     prefix: str = ""
-    tied: Mapping[str, str] = field(default_factory=dict)
+    tied: Mapping[str, str] | Callable[[Any], Mapping[str, str]] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
+
+    def tied_in(self, config: Any) -> Mapping[str, str]:
+        """The repeated tensors of a model with that config."""
+        return self.tied(config) if callable(self.tied) else self.tied

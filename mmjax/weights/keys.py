@@ -71,10 +71,11 @@ def read_keys(keys: Keys, config: Mapping[str, Any], origin: str) -> dict[str, A
                     f"{origin}: {key.theirs} is {value!r}." + near_misses(str(value), key.values)
                 )
             value = key.values[value]
-        elif isinstance(key.default, bool | int | str) and not _fits(value, key.default):
+        elif key.default is not None and not _fits(value, key.default):
+            like = list(key.default) if isinstance(key.default, tuple) else key.default
             raise InputError(
-                f"{origin}: {key.theirs} is {value!r}, where a {type(key.default).__name__} as "
-                f"{key.default!r} is expected."
+                f"{origin}: {key.theirs} is {config[key.theirs]!r}, where a {type(like).__name__} "
+                f"as {like!r} is expected."
             )
         fields[key.ours] = value
     return fields
@@ -97,7 +98,9 @@ def write_keys(keys: Keys, config: Any) -> dict[str, Any]:
 
 
 def _fits(value: Any, default: Any) -> bool:
-    """Sizes may come as pairs; a flag is no number."""
+    """Sizes may come as pairs, lists are of whole numbers, and a flag is no number."""
+    if isinstance(default, tuple):
+        return isinstance(value, tuple) and all(type(item) is int for item in value)
     if isinstance(value, tuple):
-        return all(_fits(item, default) for item in value)
-    return type(value) is type(default)
+        return len(value) == 2 and all(_fits(item, default) for item in value)
+    return type(value) is type(default) or (isinstance(default, float) and type(value) is int)

@@ -1,11 +1,10 @@
-"""Public weights in and out: `load` and `save_huggingface`."""
+"""From what lies on disk to a model: `load`, and what it does step by step."""
 
 import dataclasses
 import difflib
-import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +17,13 @@ from mmjax import config as configuration
 from mmjax.errors import InputError, near_misses
 from mmjax.models.model import Model
 from mmjax.models.vision_language import VisionLanguageModel
-from mmjax.rules import leaf_paths, path_name
+from mmjax.rules import by_path, leaf_paths, path_name
 from mmjax.training.checkpoints import load_assets, load_parameters
 from mmjax.weights.families import FAMILIES
 from mmjax.weights.family import Family, Source
-from mmjax.weights.files import Tensors, open_tensors, read_json, write_safetensors
+from mmjax.weights.files import Tensors, open_tensors, read_json
 from mmjax.weights.hub import resolve
-from mmjax.weights.names import Pair, expand, to_theirs
+from mmjax.weights.names import Pair, pairs_of
 
 CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
 
@@ -65,25 +64,6 @@ def load(
     return opened.build(strict=strict, resize=bool(resized))
 
 
-def save_huggingface(model: Model, folder: str | Path) -> None:
-    """Write `config.json` and `model.safetensors` as `transformers` names them.
-
-    A family without a class there is written under the names of its original code, with our config
-    in `config.json`; `load` reads both.
-
-    Raises InputError where no family has such a model, or the folder cannot be written.
-    """
-    folder, family = Path(folder), family_of(model)
-    params = nnx.to_pure_dict(nnx.state(model))
-    arrays = to_theirs(pairs_of(family, model.config, params), by_path(params))
-    if family.write is not None:
-        description = family.write(model.config)
-    else:
-        description = {"model_type": family.name, "mmjax": dataclasses.asdict(model.config)}
-    write_safetensors(folder / "model.safetensors", arrays)
-    (folder / CONFIG).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-
-
 @dataclasses.dataclass(frozen=True)
 class Opened:
     """Weights on disk, of which the description has been read and the weights have not."""
@@ -94,28 +74,24 @@ class Opened:
 
     def build(self, *, strict: bool = True, resize: bool = False) -> Model:
         """The model with these weights; see `load`."""
-        graph, abstract = self._abstract()
-        matched = Matched(pairs_of(self.family, self.config, abstract), self, resize)
+        abstract = self._abstract()
+        matched = Matched(pairs_of(self.family.table(self.config), abstract), self, resize)
         matched.check(strict)
         values = matched.read()
         if missing := [path for path in leaf_paths(abstract) if path not in values]:
             fresh = nnx.to_pure_dict(nnx.state(self.family.model(self.config, nnx.Rngs(0))))
             values |= {path: value for path, value in by_path(fresh).items() if path in missing}
-        tree = jax.tree_util.tree_map_with_path(
-            lambda path, _: jnp.asarray(values[path_name(path)]), abstract
-        )
-        model = nnx.merge(graph, tree)
-        model.family = self.family.name
-        return model
+        tree = jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract)
+        return _with_parameters(self.family.model, self.config, tree, self.family.name)
 
     def matched(self) -> "Matched":
         """Every parameter beside the tensors that it comes from."""
-        return Matched(pairs_of(self.family, self.config, self._abstract()[1]), self)
+        return Matched(pairs_of(self.family.table(self.config), self._abstract()), self)
 
-    def _abstract(self) -> tuple[nnx.GraphDef, Any]:
+    def _abstract(self) -> Any:
+        """Shapes of the parameters."""
         model = nnx.eval_shape(lambda: self.family.model(self.config, nnx.Rngs(0)))
-        graph, state = nnx.split(model)
-        return graph, nnx.to_pure_dict(state)
+        return nnx.to_pure_dict(nnx.state(model))
 
 
 class Matched:
@@ -124,6 +100,7 @@ class Matched:
     def __init__(self, pairs: Sequence[Pair], opened: Opened, resize: bool = False):
         self.pairs, self.opened = pairs, opened
         tensors, family = opened.tensors, opened.family
+        self.tied = family.tied_in(opened.config)
         self.there = {name: self._find(name) for pair in pairs for name in pair.names}
         used = {name for name in self.there.values() if name}
         unused = [re.compile(pattern) for pattern in family.unused]
@@ -181,18 +158,22 @@ class Matched:
     def _resizes(self, pair: Pair, shape: tuple[int, ...]) -> bool:
         """Whether the entry can bring a tensor of this shape to ours: only its rows may differ."""
         return pair.entry.resize is not None and (
-            len(shape) == len(pair.their_shape) and shape[-1:] == pair.shape[1:][-1:]
+            len(shape) == len(pair.their_shape) and shape[1:][-1:] == pair.their_shape[1:][-1:]
         )
 
     def _find(self, name: str) -> str | None:
-        """The name that a tensor has in the source: some classes write a prefix, others do not."""
+        """The name that a tensor has in the source.
+
+        Some classes write a prefix, others do not; of tied tensors any may have been written.
+        """
         prefix, tensors = self.opened.family.prefix, self.opened.tensors
         spellings = [name, prefix + name, name.removeprefix(prefix) if prefix else name]
+        spellings += [copy for copy, target in self.tied.items() if target == name]
         return next((spelling for spelling in spellings if spelling in tensors), None)
 
     def _is_tied(self, name: str) -> bool:
         """Whether a tensor only repeats another one, as it should."""
-        target = self.opened.family.tied.get(name)
+        target = self.tied.get(name)
         there = self._find(target) if target else None
         if not there:
             return False
@@ -251,35 +232,24 @@ def _named(name: str, what: str) -> Family:
 
 
 def _load_checkpoint(source: str) -> Model:
+    """A model of train.py, or one that `save_checkpoint` wrote."""
     assets = load_assets(source)
+    if "family" in assets:
+        family = _named(assets["family"], f"{source}: family")
+        config = configuration.build(family.config, assets["config"], f"{source}: config")
+        return _with_parameters(family.model, config, load_parameters(source), family.name)
     config = configuration.model_config(assets["config"]["model"])
     ema = assets["config"]["optimizer"]["ema_decay"] > 0
-    graph = nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(config, nnx.Rngs(0))))[0]
-    return nnx.merge(graph, jax.tree.map(jnp.asarray, load_parameters(source, ema=ema)))
+    return _with_parameters(VisionLanguageModel, config, load_parameters(source, ema=ema))
 
 
-def family_of(model: Model) -> Family:
-    """The family under whose names a model is written: that it was loaded as, or one that fits."""
-    if model.family:
-        return FAMILIES[model.family]
-    for family in FAMILIES.values():
-        if type(model.config) is family.config and family.is_member(model.config):
-            return family
-    raise InputError(
-        f"no published format holds this {type(model).__name__}: its configuration is that of no "
-        f"family ({', '.join(FAMILIES)}). Our own checkpoints keep it."
-    )
-
-
-def pairs_of(family: Family, config: Any, params: Any) -> list[Pair]:
-    """The parameters of a model and their names on disk."""
-    shapes = {path: tuple(leaf.shape) for path, leaf in by_path(params).items()}
-    return expand(family.table(config), shapes)
-
-
-def by_path(params: Any) -> dict[str, Any]:
-    """Leaves by slash path."""
-    return dict(zip(leaf_paths(params), jax.tree.leaves(params), strict=True))
+def _with_parameters(
+    model: Callable[..., Model], config: Any, params: Any, family: str = ""
+) -> Model:
+    graph = nnx.split(nnx.eval_shape(lambda: model(config, nnx.Rngs(0))))[0]
+    loaded = nnx.merge(graph, jax.tree.map(jnp.asarray, params))
+    loaded.family = family
+    return loaded
 
 
 def _with_field(config: Any, name: str, value: Any) -> Any:

@@ -11,13 +11,14 @@ follows from the kind of our leaf; an entry says what does not follow.
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from mmjax.errors import InputError
+from mmjax.rules import by_path
 
 # Our leaf -> its name in a module of torch. Other leaves are tensors of their own.
 TORCH_LEAVES = {
@@ -40,6 +41,7 @@ class Entry:
       theirs: the name there. `{n}` stands for the layer, where ours is stacked over layers, and
         `{leaf}` for 'weight' or 'bias', where that does not stand behind a dot at the end.
       first: the number there of our first layer.
+      step: from the number there of one of our layers to that of the next.
       part: (i, n): ours is the i-th of n equal parts of theirs along its outputs.
       transpose: false where kernels lie there as here, [in, out].
       inputs: how many leading axes of our kernel are inputs: 2 for an attention's output.
@@ -51,6 +53,7 @@ class Entry:
     ours: str
     theirs: str
     first: int = 0
+    step: int = 1
     part: tuple[int, int] = (0, 1)
     transpose: bool = True
     inputs: int = 1
@@ -91,10 +94,24 @@ class Pair:
 
     path: str
     shape: tuple[int, ...]
-    names: tuple[str, ...]
-    stacked: bool
+    theirs: str  # with `{n}` for the layer, where ours is stacked over layers
     leaf: str  # '' of a parameter that is no leaf of a module
     entry: Entry
+
+    @property
+    def stacked(self) -> bool:
+        """Whether ours holds all layers."""
+        return "{n}" in self.theirs
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors there."""
+        return tuple(self.theirs.replace("{n}", str(n)) for n in self._layers)
+
+    @property
+    def title(self) -> str:
+        """All names in one: 'layer.{0…11}.bias'."""
+        return self.theirs.replace("{n}", f"{{{self._layers[0]}…{self._layers[-1]}}}")
 
     @property
     def their_shape(self) -> tuple[int, ...]:
@@ -135,6 +152,11 @@ class Pair:
         return 1 if self._is_matrix and not self.entry.transpose else 0
 
     @property
+    def _layers(self) -> range:
+        first, step = self.entry.first, self.entry.step
+        return range(first, first + step * (self.shape[0] if self.stacked else 1), step)
+
+    @property
     def _layer_shape(self) -> tuple[int, ...]:
         return self.shape[1:] if self.stacked else self.shape
 
@@ -163,16 +185,14 @@ class Pair:
         return (1,) * entry.leading + shape[max(-entry.leading, 0) :]
 
 
-def expand(
-    table: Table, shapes: Mapping[str, tuple[int, ...]], leaves: Mapping[str, str] = TORCH_LEAVES
-) -> list[Pair]:
-    """A table spelt out for a model whose parameters have `shapes`, by path.
+def pairs_of(table: Table, params: Any, leaves: Mapping[str, str] = TORCH_LEAVES) -> list[Pair]:
+    """A table spelt out for a tree of parameters, or of their shapes.
 
     Raises InputError for parameters that the table has no name for.
     """
     pairs, nameless = [], []
-    for path, shape in shapes.items():
-        matches = (_match(entry, path, tuple(shape), leaves) for entry in table)
+    for path, leaf in by_path(params).items():
+        matches = (_match(entry, path, tuple(leaf.shape), leaves) for entry in table)
         if (pair := next(filter(None, matches), None)) is None:
             nameless.append(path)
         else:
@@ -196,28 +216,22 @@ def _match(
         theirs = theirs if "{leaf}" in theirs else theirs + ".{leaf}"
         theirs = theirs.replace("{leaf}", leaves[leaf])
     theirs = theirs.replace("{s}", found.groupdict().get("s") or "")
-    stacked = "{n}" in theirs
-    layers = range(entry.first, entry.first + (shape[0] if stacked else 1))
-    names = tuple(theirs.replace("{n}", str(n)) for n in layers)
-    return Pair(path, shape, names, stacked, leaf, entry)
+    return Pair(path, shape, theirs, leaf, entry)
 
 
-def to_theirs(pairs: Iterable[Pair], parameters: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """Our parameters, by path, under the names and in the shapes of the other format."""
+def to_theirs(table: Table, params: Any) -> dict[str, np.ndarray]:
+    """Our parameters under the names and in the shapes of the other format."""
+    parameters = by_path(params)
     parts: dict[str, dict[int, np.ndarray]] = {}
     axes: dict[str, int] = {}
-    for pair in pairs:
+    for pair in pairs_of(table, params):
         array = np.asarray(parameters[pair.path])
         for name, layer in zip(pair.names, array if pair.stacked else [array], strict=True):
             parts.setdefault(name, {})[pair.entry.part[0]] = pair.to_theirs(layer)
             axes[name] = pair.output_axis
-    arrays = {
+    return {
         name: np.concatenate([found[i] for i in sorted(found)], axis=axes[name])
         if len(found) > 1
         else found[0]
         for name, found in parts.items()
     }
-    # Torch counts the updates of running statistics beside them; ours are none.
-    modules = [name.removesuffix("mean") for name in arrays if name.endswith(".running_mean")]
-    counts = {name.removesuffix("running_") + "num_batches_tracked" for name in modules}
-    return arrays | dict.fromkeys(counts, np.zeros((), np.int64))

@@ -26,6 +26,7 @@ CASES = (
             layer_norm_eps=1e-6,
         ),
         inputs=_with_types,
+        recorded=False,
     ),
     Case(
         name="bert-masked",
@@ -42,5 +43,6 @@ CASES = (
         inputs=_with_types,
         # The masked words' scores have one name here, whatever stands beside them.
         outputs=lambda out: {("logits" if k == "prediction_logits" else k): out[k] for k in out},
+        recorded=False,
     ),
 )

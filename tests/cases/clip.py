@@ -60,6 +60,7 @@ CASES = (
             projection_dim=10,
         ),
         inputs=_ended_pairs,
+        recorded=False,
     ),
     Case(
         name="siglip",

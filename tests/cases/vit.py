@@ -19,6 +19,7 @@ CASES = (
             layer_norm_eps=1e-5,
         ),
         inputs=lambda rng: {"image": pictures(rng, batch=3, height=16, width=24)},
+        recorded=False,
     ),
     Case(
         name="vit-classifier",

@@ -1,0 +1,80 @@
+"""From a model to disk: Hugging Face folders, and checkpoints of our own."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mmjax import config as configuration
+from mmjax.errors import InputError
+from mmjax.models.model import Model
+from mmjax.training.checkpoints import Checkpointer
+from mmjax.weights import generation
+from mmjax.weights.families import FAMILIES
+from mmjax.weights.family import Family
+from mmjax.weights.files import write_safetensors
+from mmjax.weights.names import to_theirs
+
+
+def save_huggingface(model: Model, folder: str | Path) -> None:
+    """Write `config.json` and `model.safetensors` as `transformers` names them.
+
+    A family without a class there is written under the names of its original code, with our config
+    in `config.json`; `mmjax.load` reads both.
+
+    Raises InputError where no family has such a model, or the folder cannot be written.
+    """
+    folder, family = Path(folder), family_of(model)
+    if family.write is not None:
+        description = family.write(model.config)
+    else:
+        description = {"model_type": family.name, "mmjax": configuration.describe(model.config)}
+    arrays = to_theirs(family.table(model.config), nnx.to_pure_dict(nnx.state(model)))
+    write_safetensors(folder / "model.safetensors", arrays | _update_counts(arrays))
+    files = {"config.json": description}
+    if hasattr(model.config, "generation"):
+        files[generation.FILE] = generation.write_generation(model.config.generation)
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def _update_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Torch counts the updates of running statistics beside them; here there were none."""
+    names = [name for name in arrays if name.endswith(".running_mean")]
+    return {
+        name.removesuffix("running_mean") + "num_batches_tracked": np.zeros((), np.int64)
+        for name in names
+    }
+
+
+def save_checkpoint(model: Model, folder: str | Path) -> None:
+    """Write one of our own checkpoints, which `mmjax.load` reads and `init_from` starts from.
+
+    Raises InputError where no family has such a model, or the folder has a checkpoint.
+    """
+    family = family_of(model)
+    checkpointer = Checkpointer(folder, every=0, keep=1)
+    try:
+        if checkpointer.steps:
+            raise InputError(f"{folder} holds a checkpoint already; name another folder.")
+        state = {"step": jnp.asarray(0), "params": nnx.to_pure_dict(nnx.state(model))}
+        assets = {"family": family.name, "config": configuration.describe(model.config)}
+        checkpointer.save(0, state, assets, force=True)
+    finally:
+        checkpointer.close()
+
+
+def family_of(model: Model) -> Family:
+    """The family under whose names a model is written: that it was loaded as, or one that fits."""
+    if model.family:
+        return FAMILIES[model.family]
+    for family in FAMILIES.values():
+        if type(model.config) is family.config and family.is_member(model.config):
+            return family
+    raise InputError(
+        f"no published format holds this {type(model).__name__}: its configuration is that of no "
+        f"family ({', '.join(FAMILIES)}). Our own checkpoints keep it."
+    )
