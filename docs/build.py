@@ -2,23 +2,29 @@
 
     python docs/build.py                                  # rewrite the marked parts
     python docs/build.py --record=quickstart=runs/quickstart   # record a report first
+    python docs/build.py --parity=FOLDER                  # keep what the parity tests measured
     python docs/build.py --check                          # exit 1 where a document is stale
 
 A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 """
 
 import argparse
+import dataclasses
+import inspect
 import json
 import re
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 from mmjax.evaluation.report import format_value, read_report, sources
+from mmjax.weights.families import FAMILIES
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
-DOCUMENTS = (DOCS.parent / "README.md", DOCS / "results.md")
+DOCUMENTS = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "models.md")
+PARITY = DOCS / "parity.json"
 
 # What the README shows of a report: metric, what to call it, and the metric beside it.
 HEADLINES = {
@@ -71,12 +77,58 @@ def full_table(name: str) -> str:
     return "\n".join(["| metric | value |", "|---|---|", *rows])
 
 
+def record_parity(folder: Path) -> None:
+    """Keep what the tests measured of every case (MMJAX_PARITY_RECORDS=FOLDER make parity)."""
+    records = {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    PARITY.write_text(json.dumps(records, indent=1, sort_keys=True) + "\n")
+
+
+def parity_table(_: str) -> str:
+    """The worst differences of every case, and what it was compared with."""
+    lines = ["| case | compared with | outputs | gradients |", "|---|---|---|---|"]
+    for case, record in json.loads(PARITY.read_text()).items():
+        cells = [f"{record[key]:.0e}" if key in record else "" for key in ("outputs", "gradients")]
+        lines.append(f"| {case} | {record['against']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def fields_table(name: str) -> str:
+    """The fields of a config dataclass: name, default, and the comment beside it."""
+    cls = next(cls for cls in config_classes() if cls.__name__ == name)
+    rows = {}
+    for owner in reversed(cls.__mro__[:-1]):  # a subclass may change a default
+        for line in inspect.getsource(owner).splitlines():
+            found = re.match(r"    (\w+): (.+?)(?: = (.+?))?(?:  # (.*))?$", line)
+            if found and found[1] in {field.name for field in dataclasses.fields(cls)}:
+                comment = found[4] or rows.get(found[1], ("", ""))[1]
+                rows[found[1]] = (f"`{found[3]}`" if found[3] else "required", comment)
+    lines = [f"| `{field}` | {default} | {comment} |" for field, (default, comment) in rows.items()]
+    return "\n".join(["| field | default | |", "|---|---|---|", *lines])
+
+
+def config_classes() -> list[type]:
+    """The config dataclasses of all families and those nested in them."""
+    found: dict[type, None] = {}
+    waiting = [family.config for family in FAMILIES.values()]
+    while waiting:
+        cls = waiting.pop(0)
+        if dataclasses.is_dataclass(cls) and cls not in found:
+            found[cls] = None
+            hints = typing.get_type_hints(cls).values()
+            waiting += [part for hint in hints for part in typing.get_args(hint) or (hint,)]
+    return list(found)
+
+
 def rebuilt(text: str) -> str:
     """A document with its generated parts made anew."""
     parts = {f"headline:{name}": headline_table for name in HEADLINES}
     parts |= {f"table:{path.stem}": full_table for path in RESULTS.glob("*.json")}
+    parts |= {f"fields:{cls.__name__}": fields_table for cls in config_classes()}
+    parts |= {"parity:all": parity_table}
     for marker, make in parts.items():
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
+        if not re.search(pattern, text, flags=re.DOTALL):
+            continue
         body = make(marker.split(":")[1])
         text = re.sub(pattern, lambda m, body=body: f"{m[1]}{body}\n{m[2]}", text, flags=re.DOTALL)
     return text
@@ -97,7 +149,10 @@ def main() -> int:
     )
     parser.add_argument("--record", metavar="NAME=FOLDER", help="record this report first")
     parser.add_argument("--check", action="store_true", help="write nothing")
+    parser.add_argument("--parity", metavar="FOLDER", help="keep what the parity tests measured")
     arguments = parser.parse_args()
+    if arguments.parity:
+        record_parity(Path(arguments.parity))
     if arguments.record:
         name, _, folder = arguments.record.partition("=")
         record(name, Path(folder))

@@ -6,7 +6,7 @@ random state. Parameters are float32; `LayerConfig.dtype` is what the matrix pro
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +105,7 @@ def linear(
     rngs: nnx.Rngs,
     bias: bool = True,
 ) -> nnx.LinearGeneral:
-    """A dense layer over the last axes of its input: as many as `inputs` has sizes, to `outputs`."""
+    """A dense layer over the last axes of its input, as many as `inputs` has sizes."""
     return nnx.LinearGeneral(
         inputs,
         outputs,
@@ -139,6 +139,21 @@ def look_up(
     return jnp.where((ids == padding)[..., None], jax.lax.stop_gradient(rows), rows)
 
 
+class KeysValues(NamedTuple):
+    """What an attention looks at: of a context, or of a text as far as it has been decoded."""
+
+    key: Float[Array, "batch keys heads head_width"]
+    value: Float[Array, "batch keys heads head_width"]
+
+    def written(self, new: "KeysValues", at: int | Int[Array, ""]) -> "KeysValues":
+        """The same, with `new` in place of what stood from position `at` on."""
+
+        def write(kept: Array, new: Array) -> Array:
+            return jax.lax.dynamic_update_slice_in_dim(kept, new.astype(kept.dtype), at, axis=1)
+
+        return jax.tree.map(write, self, new)
+
+
 class Attention(nnx.Module):
     """Multi-head attention of `x` over `context` (over itself where there is none).
 
@@ -162,10 +177,21 @@ class Attention(nnx.Module):
         bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """Attend; `mask` is true where a query may look, `bias` is added to the scores."""
-        context = x if context is None else context
-        heads = attention(
-            self.query(x), self.key(context), self.value(context), mask, self.implementation, bias
-        )
+        return self.attend(x, self.keys_values(x if context is None else context), mask, bias)
+
+    def keys_values(self, context: Float[Array, "batch keys context_width"]) -> KeysValues:
+        """What of a context is looked at, for `attend`."""
+        return KeysValues(self.key(context), self.value(context))
+
+    def attend(
+        self,
+        x: Float[Array, "batch queries width"],
+        memory: KeysValues,
+        mask: Bool[Array, "batch _ keys"] | None = None,
+        bias: Float[Array, "_ heads queries keys"] | None = None,
+    ) -> Float[Array, "batch queries width"]:
+        """The same call, over keys and values that are there already."""
+        heads = attention(self.query(x), memory.key, memory.value, mask, self.implementation, bias)
         return self.out(heads)
 
     def weights(
@@ -210,9 +236,24 @@ class AttentionSublayer(nnx.Module):
     ) -> Float[Array, "batch queries width"]:
         """Apply the sub-layer; `key` draws its dropout."""
         context = context if self.context_norm is None else self.context_norm(context)
-        if not self.pre:
-            return self.norm(x + self._drop(self.attention(x, context, mask), key))
-        return x + self._drop(self.attention(self.norm(x), context, mask), key)
+        queries = self.norm(x) if self.pre else x
+        return self._add(x, self.attention(queries, context, mask), key)
+
+    def step(
+        self,
+        x: Float[Array, "batch queries width"],
+        memory: KeysValues,
+        mask: Bool[Array, "batch _ keys"] | None = None,
+        at: int | Int[Array, ""] | None = None,
+    ) -> tuple[Float[Array, "batch queries width"], KeysValues]:
+        """The same call, over keys and values that are there already.
+
+        With `at`, those of `x` itself are written into them first, from that position on.
+        """
+        queries = self.norm(x) if self.pre else x
+        if at is not None:
+            memory = memory.written(self.attention.keys_values(queries), at)
+        return self._add(x, self.attention.attend(queries, memory, mask)), memory
 
     def weights(
         self,
@@ -224,8 +265,9 @@ class AttentionSublayer(nnx.Module):
         context = context if self.context_norm is None else self.context_norm(context)
         return self.attention.weights(self.norm(x) if self.pre else x, context, mask)
 
-    def _drop(self, x, key):
-        return self.dropout(x, deterministic=key is None, rngs=key)
+    def _add(self, x, attended, key=None):
+        x = x + self.dropout(attended, deterministic=key is None, rngs=key)
+        return x if self.pre else self.norm(x)
 
 
 class MlpSublayer(nnx.Module):
@@ -284,6 +326,32 @@ class Block(nnx.Module):
             x = self.cross_attention(x, context, context_mask, key=cross_key[0])
         return self.mlp(x, key=mlp_key)
 
+    def remember(self, context: Float[Array, "batch keys context_width"]) -> KeysValues:
+        """The keys and values of a context, for `step`."""
+        assert self.cross_attention is not None
+        return self.cross_attention.attention.keys_values(context)
+
+    def step(
+        self,
+        x: Float[Array, "rows tokens width"],
+        own: KeysValues,
+        at: int | Int[Array, ""],
+        mask: Bool[Array, "rows tokens length"],
+        context: KeysValues | None = None,
+        context_mask: Bool[Array, "batch 1 keys"] | None = None,
+    ) -> tuple[Float[Array, "rows tokens width"], KeysValues]:
+        """What a call on a whole text makes of its tokens from position `at` on.
+
+        `own` are the keys and values of the text, of which those before `at` are there; these
+        tokens' are written into it. `context` is what `remember` says of the context, a row of
+        which may serve several rows of `x` in succession: the beams of one picture.
+        """
+        x, own = self.self_attention.step(x, own, mask, at)
+        if self.cross_attention is not None and context is not None:
+            beams = x.reshape(len(context.key), -1, x.shape[-1])
+            x = self.cross_attention.step(beams, context, context_mask)[0].reshape(x.shape)
+        return self.mlp(x), own
+
 
 class Stack(nnx.Module):
     """`config.depth` layers of one kind, their parameters stacked on a leading axis.
@@ -311,24 +379,28 @@ class Stack(nnx.Module):
 
     def run(
         self,
-        call: Callable[[Any, Any, jax.Array | None], tuple[Any, Any]],
+        call: Callable[..., tuple[Any, Any]],
         carry: Any,
         key: Key[Array, ""] | None = None,
+        *stacked: Any,
     ) -> tuple[Any, Any]:
-        """The general form, `carry, output = call(layer, carry, key)`; outputs are stacked."""
+        """The general form, `carry, output = call(layer, carry, key, *stacked)`.
+
+        Outputs are stacked over layers, and of what is `stacked` each call gets its layer's.
+        """
         graph, parameters = nnx.split(self.layers)
 
         def body(carry, layer_inputs):
-            parameters, layer_key = layer_inputs
+            parameters, layer_key, inputs = layer_inputs
             # Without this, a sharded program may gather the whole batch on every device.
             carry = jax.tree.map(constrain_batch, carry)
-            return call(nnx.merge(graph, parameters), carry, layer_key)
+            return call(nnx.merge(graph, parameters), carry, layer_key, *inputs)
 
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=self.unroll)
         keys = None if key is None else jax.random.split(key, self.depth)
         carry, outputs = jax.lax.scan(
-            body, carry, (parameters, keys), unroll=self.depth if self.unroll else 1
+            body, carry, (parameters, keys, stacked), unroll=self.depth if self.unroll else 1
         )
         return jax.tree.map(constrain_batch, carry), outputs
 

@@ -33,7 +33,7 @@ class ConvolutionConfig:
 
     dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
     remat: str = "none"  # a key of mmjax.layers.REMAT_POLICIES
-    unroll: bool = False  # unrolled layers run faster on a CPU and compile slower everywhere
+    unroll: bool = False  # a CPU convolves several times faster outside of a loop
 
     def __post_init__(self) -> None:
         """Refuse what cannot be built."""
@@ -145,5 +145,10 @@ class Stage(nnx.Module):
 def encoded(features: Float[Array, "batch height width channels"], pool: str = "mean") -> Encoded:
     """A feature map as tokens, row by row, with their 'mean' or 'max' as the pooled vector."""
     tokens = features.reshape(features.shape[0], -1, features.shape[-1])
-    pooled = tokens.max(axis=1) if pool == "max" else tokens.mean(axis=1)
+    if pool == "mean":
+        return Encoded(tokens=tokens, mask=None, pooled=tokens.mean(axis=1))
+    # The gradient of max() asks which number equals the greatest, which XLA may have computed twice
+    # and rounded otherwise: then none does, and it divides by zero.
+    greatest = tokens.argmax(axis=1, keepdims=True)
+    pooled = jnp.take_along_axis(tokens, greatest, axis=1)[:, 0]
     return Encoded(tokens=tokens, mask=None, pooled=pooled)

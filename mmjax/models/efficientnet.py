@@ -67,6 +67,12 @@ class EfficientNetConfig(ConvolutionConfig):
         for key, value in zip(names, SIZES[self.size or "b0"], strict=True):
             object.__setattr__(self, key, getattr(self, key) or value)
         super().__post_init__()
+        if min(self.width_coefficient, self.depth_coefficient, self.width_unit) <= 0:
+            raise InputError(
+                f"EfficientNetConfig: width_coefficient {self.width_coefficient}, "
+                f"depth_coefficient {self.depth_coefficient} and width_unit {self.width_unit} are "
+                "positive."
+            )
         if self.pool not in POOLS:
             raise InputError(f"image pool is {self.pool!r}.{near_misses(self.pool, POOLS)}")
         stages = {

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from mmjax.layers import ACTIVATIONS, layer_norm, linear
+from mmjax.layers import ACTIVATIONS, embedding, layer_norm, linear
 from mmjax.models.bert import BertConfig, BertEmbeddings
 
 
@@ -25,7 +25,9 @@ class ContrastiveConfig:
     text_token: bool = False  # the text's first token (ALIGN), not its pooled vector
     bias: bool = True  # of the projections
     logit_bias: bool = False  # a learnt number added to every similarity (SigLIP)
-    temperature: bool = False  # a learnt number to divide by (ALIGN), not the log of a factor
+    scale: bool = True  # false: cosines as they are (BLIP in `transformers`)
+    # Where a learnt number to divide by starts (ALIGN 1, ALBEF 0.07); 0: the log of a factor.
+    temperature: float = 0.0
 
 
 class ContrastiveHead(nnx.Module):
@@ -43,9 +45,14 @@ class ContrastiveHead(nnx.Module):
 
         self.image_projection = projection(image_width) if config.project_image else None
         self.text_projection = projection(text_width) if config.project_text else None
-        self.temperature: Any = nnx.Param(jnp.asarray(1.0)) if config.temperature else None
+        divides = config.scale and config.temperature > 0
+        self.temperature: Any = (
+            nnx.Param(jnp.asarray(config.temperature, jnp.float32)) if divides else None
+        )
         self.logit_scale = (
-            None if config.temperature else nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
+            nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
+            if config.scale and not divides
+            else None
         )
         self.logit_bias = nnx.Param(jnp.asarray(-10.0)) if config.logit_bias else None
 
@@ -77,9 +84,9 @@ class ContrastiveHead(nnx.Module):
     @property
     def scale(self) -> Float[Array, ""]:
         """What similarities are multiplied by."""
-        if self.logit_scale is None:
+        if self.temperature is not None:
             return 1 / self.temperature[...]
-        return jnp.exp(self.logit_scale[...])
+        return jnp.ones(()) if self.logit_scale is None else jnp.exp(self.logit_scale[...])
 
 
 class MatchingHead(nnx.Module):
@@ -97,12 +104,18 @@ class MaskedLanguageHead(nnx.Module):
     """Scores of every word at every position, through the encoder's own word table.
 
     BERT's head (Devlin et al. 2019, appendix A.1): dense, activation, LayerNorm, tied table, bias.
+    With `tied=False` (ViLT, METER, FLAVA) the head has a table of its own.
     """
 
-    def __init__(self, width: int, text: BertConfig, dtype: str, rngs: nnx.Rngs):
+    def __init__(
+        self, width: int, text: BertConfig, dtype: str, rngs: nnx.Rngs, tied: bool = True
+    ):
         self.activation = text.activation
         self.transform = linear(width, text.width, dtype, rngs)
         self.norm = layer_norm(text.width, text.epsilon, dtype, rngs)
+        self.decoder = (
+            None if tied else embedding(text.vocabulary_size, text.width, "float32", rngs)
+        )
         self.bias = nnx.Param(jnp.zeros(text.vocabulary_size))
 
     def __call__(
@@ -110,7 +123,8 @@ class MaskedLanguageHead(nnx.Module):
     ) -> Float[Array, "*batch words"]:
         """Logits of every word, float32."""
         x = self.norm(ACTIVATIONS[self.activation](self.transform(tokens)))
-        return embeddings.logits(x) + self.bias[...]
+        scores = embeddings.logits(x) if self.decoder is None else self.decoder.attend(x)
+        return scores + self.bias[...]
 
 
 class AnsweringHead(nnx.Module):
@@ -125,6 +139,30 @@ class AnsweringHead(nnx.Module):
         """Logits of every answer, float32."""
         x = ACTIVATIONS["gelu"](self.norm(self.hidden(pooled)))
         return self.classifier(x)
+
+
+class MlpHead(nnx.Module):
+    """Scores of a closed list: dense, activation, LayerNorm where it has an epsilon, dense."""
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        outputs: int,
+        dtype: str,
+        rngs: nnx.Rngs,
+        activation: str = "gelu",
+        epsilon: float = 0.0,  # 0: no LayerNorm
+    ):
+        self.activation = activation
+        self.hidden = linear(width, hidden, dtype, rngs)
+        self.norm = layer_norm(hidden, epsilon, dtype, rngs) if epsilon else None
+        self.classifier = linear(hidden, outputs, "float32", rngs)
+
+    def __call__(self, features: Float[Array, "*batch width"]) -> Float[Array, "*batch outputs"]:
+        """Logits, float32."""
+        x = ACTIVATIONS[self.activation](self.hidden(features))
+        return self.classifier(x if self.norm is None else self.norm(x))
 
 
 def unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:

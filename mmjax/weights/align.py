@@ -62,11 +62,11 @@ def image_table(config: Any) -> Table:
 def read_image(json: Mapping[str, Any], origin: str) -> EfficientNetConfig:
     """The image encoder that a config.json, or a part of one, describes."""
     config = EfficientNetConfig(**read_keys(IMAGE_KEYS, json, origin))
-    inputs = tuple(json.get("in_channels", _inputs(config)))
-    if inputs != _inputs(config):
+    expected = list(_inputs(config))
+    if (inputs := json.get("in_channels", expected)) != expected:
         raise InputError(
-            f"{origin}: in_channels is {list(inputs)}, where {list(_inputs(config))} is expected: "
-            "what the stem and the stages before give."
+            f"{origin}: in_channels is {inputs}, where {expected} is expected: what the stem and "
+            "the stages before give."
         )
     return config
 
@@ -92,7 +92,7 @@ def _read(source: Source) -> TwoTowerConfig:
         contrastive=ContrastiveConfig(
             width=source.json.get("projection_dim", 640),
             project_image=False,
-            temperature=True,
+            temperature=1.0,
             text_token=True,
         ),
     )
@@ -122,7 +122,7 @@ def _is_member(config: Any) -> bool:
         isinstance(config.image, EfficientNetConfig)
         and bert.is_encoder(config.text)
         and config.text.pooler
-        and config.contrastive.temperature
+        and config.contrastive.temperature > 0
     )
 
 

@@ -32,7 +32,7 @@ CASES = (
             downsample_in_bottleneck=True,
             downsample_in_first_stage=True,
         ),
-        inputs=lambda rng: {"image": pictures(rng, batch=3, height=47, width=66)},
+        inputs=lambda rng: {"image": pictures(rng, batch=3, height=31, width=42)},
         outputs=in_rows,
     ),
     Case(

@@ -16,8 +16,8 @@ CASES = (
         kind="SwinModel",
         config=lambda t: t.SwinConfig(
             patch_size=(4, 2),
-            embed_dim=12,
-            depths=[1, 2, 3],
+            embed_dim=6,
+            depths=[1, 3, 1],
             num_heads=[3, 2, 6],
             window_size=3,
             mlp_ratio=2.5,
@@ -25,7 +25,7 @@ CASES = (
             layer_norm_eps=1e-3,
             qkv_bias=False,
         ),
-        inputs=lambda rng: {"image": pictures(rng, batch=3, height=46, width=29)},
+        inputs=lambda rng: {"image": pictures(rng, batch=2, height=46, width=29)},
     ),
     Case(
         name="swin-positions",

@@ -55,7 +55,7 @@ def test_agrees_with_transformers(case, seed, tmp_path, measured):
     assert max(distances.values()) < GRADIENTS, distances
     measured(
         case.name,
-        kind=case.kind,
-        outputs=float(max(differences.values())),
-        gradients=float(max(distances.values())),
+        against=case.kind,
+        outputs=max(differences.values()),
+        gradients=max(distances.values()),
     )

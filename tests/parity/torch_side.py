@@ -42,7 +42,7 @@ def outputs(
 ) -> dict[str, torch.Tensor]:
     """What the class returns by default, by dotted name."""
     arguments = {name: torch.tensor(array) for name, array in case.theirs(inputs).items()}
-    answer = case.outputs(dict(model(**arguments, return_dict=True).items()))
+    answer = case.outputs(dict(case.call(model, **arguments, return_dict=True).items()))
     return {name: x for name, x in flat(answer).items() if isinstance(x, torch.Tensor)}
 
 
