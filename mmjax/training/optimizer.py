@@ -18,6 +18,7 @@ from mmjax.training.state import Parameters
 # Weight decay is for matrices (as in ALBEF and CLIP): not for biases, LayerNorm, positions, tokens
 # that are parameters themselves, or the temperature.
 NO_DECAY = r".*(bias|scale|class_token|pooling/query|position_embedding.*)"
+STATISTICS = r".*/(mean|var)"  # of batch norms, which are frozen: loaded, never updated
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 
 
@@ -98,7 +99,8 @@ def make_optimizer(
 
 def learning_rates(config: Mapping[str, Any], params: Parameters) -> Parameters:
     """What the schedule is multiplied by for each parameter; 0 is frozen."""
-    return apply_rules([*config["rates"], (".*", 1.0)], params, key="optimizer.rates")
+    rules = [(STATISTICS, 0.0), *config["rates"], (".*", 1.0)]
+    return apply_rules(rules, params, key="optimizer.rates")
 
 
 def weight_decays(config: Mapping[str, Any], params: Parameters) -> Parameters:

@@ -165,6 +165,12 @@ def adamw(parameter, gradients, rates, decay, b1=0.9, b2=0.98, epsilon=1e-6):
     return p
 
 
+def test_statistics_of_batch_norms_are_never_updated():
+    norm = {"mean": jnp.ones(3), "var": jnp.ones(3), "scale": jnp.ones(3)}
+    rates = learning_rates(config(rates=((".*", 2.0),)), {"stem": {"norm": norm}})
+    assert rates == {"stem": {"norm": {"mean": 0.0, "var": 0.0, "scale": 2.0}}}
+
+
 def test_adamw_with_rates_and_decays_by_path():
     settings = config(
         learning_rate=0.05,
