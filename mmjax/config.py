@@ -190,6 +190,10 @@ def build(cls: type, values: Mapping[str, Any], key: str) -> Any:
         if name not in names:
             raise InputError(f"{key}.{name} is no key of {cls.__name__}.{near_misses(name, names)}")
     fields = {name: _as_type(hints[name], value, f"{key}.{name}") for name, value in values.items()}
+    for field in dataclasses.fields(cls):
+        required = field.default is field.default_factory is dataclasses.MISSING
+        if required and field.name not in fields:
+            raise InputError(f"{key}.{field.name} is missing; {cls.__name__} needs it.")
     return cls(**fields)
 
 
@@ -219,9 +223,10 @@ def _as_type(hint: Any, value: Any, key: str) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _dataclasses(hint: Any) -> list[type]:
+def _dataclasses(hint: Any) -> list[type[Any]]:
     """The dataclasses that a field may be."""
-    return [cls for cls in typing.get_args(hint) or (hint,) if dataclasses.is_dataclass(cls)]
+    kinds = typing.get_args(hint) or (hint,)
+    return [cls for cls in kinds if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
 
 
 def _kind(cls: type) -> str:

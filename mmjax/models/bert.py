@@ -1,6 +1,7 @@
 """The BERT encoder (Devlin et al. 2019, "BERT: Pre-training of Deep Bidirectional …")."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
@@ -43,7 +44,7 @@ class BertConfig(LayerConfig):
     max_length: int = 512  # of the position table
     first_position: int = 0  # RoBERTa counts from 2, and padding stands at the position before
     padding: int = -1  # id of [PAD], whose vector then stays as it is; -1: trained like any other
-    types: int = 2  # rows of the token-type table
+    types: int = 2  # rows of the token-type table; 0: no such table (BLIP)
     pooler: bool = False  # a dense layer and tanh on the pooled vector
 
     def __post_init__(self) -> None:
@@ -69,7 +70,9 @@ class BertEmbeddings(nnx.Module):
         width, dtype = config.width, config.dtype
         self.token_embedding = embedding(config.vocabulary_size, width, dtype, rngs)
         self.position_embedding = embedding(config.max_length, width, dtype, rngs)
-        self.type_embedding = embedding(config.types, width, dtype, rngs)
+        self.type_embedding: Any = (
+            embedding(config.types, width, dtype, rngs) if config.types else None
+        )
         self.norm = layer_norm(width, config.epsilon, dtype, rngs)
         self.dropout = nnx.Dropout(config.dropout)
 
@@ -81,10 +84,31 @@ class BertEmbeddings(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
         """Embed token ids; `mask` is true on tokens, and only RoBERTa's positions ask for it."""
-        types = jnp.zeros_like(text) if types is None else types
-        x = look_up(self.table(), text, self.config.padding) + self.type_embedding(types)
-        x = self.norm(x + self.position_embedding(self._positions(text, mask)))
-        return self.dropout(x, deterministic=key is None, rngs=key)
+        return self.normalise(self.sum(text, mask, types), key)
+
+    def sum(
+        self,
+        text: Int[Array, "batch length"],
+        mask: Bool[Array, "batch length"] | None = None,
+        types: Int[Array, "batch length"] | None = None,
+        positions: Int[Array, "batch length"] | None = None,
+    ) -> Float[Array, "batch length width"]:
+        """Word, position and type vectors, summed: what some models add to before `normalise`.
+
+        `positions` are those of tokens that do not stand one after another from the first on.
+        """
+        x = look_up(self.table(), text, self.config.padding)
+        if self.type_embedding is not None:
+            x = x + self.type_embedding(jnp.zeros_like(text) if types is None else types)
+        positions = self._positions(text, mask) if positions is None else positions
+        table = self.position_embedding.embedding[...].astype(x.dtype)
+        return x + look_up(table, positions, self.config.first_position - 1)
+
+    def normalise(
+        self, x: Float[Array, "batch length width"], key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch length width"]:
+        """LayerNorm, then dropout."""
+        return self.dropout(self.norm(x), deterministic=key is None, rngs=key)
 
     def logits(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch words"]:
         """Scores of every word by the embedding table itself (tied output weights), in float32."""
@@ -104,7 +128,7 @@ class BertEmbeddings(nnx.Module):
             )
         if not first:
             return jnp.arange(length)
-        mask = jnp.ones_like(text) if mask is None else mask
+        mask = text != self.config.padding if mask is None else mask
         return jnp.where(mask, first - 1 + jnp.cumsum(mask, axis=1), first - 1)
 
 

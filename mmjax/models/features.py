@@ -32,6 +32,6 @@ class Encoded:
 class Fused:
     """Both modalities after the fusion, and the vector that stands for the pair."""
 
-    image_tokens: Float[AnyArray, "batch patches width"]
-    text_tokens: Float[AnyArray, "batch length width"]
+    image_tokens: Float[AnyArray, "batch patches image_width"]
+    text_tokens: Float[AnyArray, "batch length text_width"]
     pooled: Float[AnyArray, "batch pooled_width"]

@@ -113,6 +113,7 @@ class CoAttention(nnx.Module):
         text_width: int,
         rngs: nnx.Rngs,
         image_class_token: bool = True,
+        pictures: int = 1,
     ):
         width, dtype = config.width, config.dtype
         if not config.project and {image_width, text_width} != {width}:
@@ -125,8 +126,10 @@ class CoAttention(nnx.Module):
         project = config.project
         self.image_projection = linear(image_width, width, dtype, rngs) if project else None
         self.text_projection = linear(text_width, width, dtype, rngs) if project else None
-        # Row 0 for text, row 1 for pictures, as in METER.
-        self.type_embedding = embedding(2, width, dtype, rngs) if config.token_types else None
+        # Row 0 for text, then one for each picture of an example, as in METER.
+        self.type_embedding = (
+            embedding(1 + pictures, width, dtype, rngs) if config.token_types else None
+        )
         self.blocks = Stack(lambda rngs: CoAttentionLayer(config, rngs), config, rngs)
         pre = config.norm == "pre"
         self.image_norm = layer_norm(width, config.epsilon, dtype, rngs) if pre else None
@@ -139,10 +142,20 @@ class CoAttention(nnx.Module):
         """Features of the pooled vector."""
         return self.config.width * (2 if self.image_pooler is not None else 1)
 
-    def __call__(self, image: Encoded, text: Encoded, key: Key[Array, ""] | None = None) -> Fused:
-        """Fuse row i of the pictures with row i of the texts."""
+    def __call__(
+        self,
+        image: Encoded,
+        text: Encoded,
+        key: Key[Array, ""] | None = None,
+        picture: int = 0,
+    ) -> Fused:
+        """Fuse row i of the pictures with row i of the texts.
+
+        `picture` is the number of these among an example's, where a text is about several (NLVR2).
+        """
         masks = _key_mask(image), _key_mask(text)
-        image_tokens, text_tokens = self.blocks(self._enter(image, text), *masks, key=key)
+        streams = self._enter(image, text, picture)
+        image_tokens, text_tokens = self.blocks(streams, *masks, key=key)
         if self.image_norm is not None and self.text_norm is not None:
             image_tokens, text_tokens = self.image_norm(image_tokens), self.text_norm(text_tokens)
         pooled = jnp.tanh(self.text_pooler(text_tokens[:, 0]))
@@ -163,7 +176,7 @@ class CoAttention(nnx.Module):
 
         return self.blocks.run(call, self._enter(image, text))[1]
 
-    def _enter(self, image: Encoded, text: Encoded):
+    def _enter(self, image: Encoded, text: Encoded, picture: int = 0):
         dtype = jnp.dtype(self.config.dtype)  # the encoders may compute in another
         image_tokens = jnp.asarray(image.tokens, dtype)
         text_tokens = jnp.asarray(text.tokens, dtype)
@@ -172,7 +185,7 @@ class CoAttention(nnx.Module):
             text_tokens = self.text_projection(text_tokens)
         if self.type_embedding is not None:
             text_tokens = text_tokens + self.type_embedding(jnp.asarray(0))
-            image_tokens = image_tokens + self.type_embedding(jnp.asarray(1))
+            image_tokens = image_tokens + self.type_embedding(jnp.asarray(1 + picture))
         return image_tokens, text_tokens
 
 

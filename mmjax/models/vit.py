@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
@@ -19,6 +18,7 @@ from mmjax.layers import (
     Stack,
     layer_norm,
     linear,
+    split_key,
 )
 from mmjax.models.features import Encoded
 
@@ -105,6 +105,19 @@ class ViT(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Encoded:
         """Encode pictures: uint8 ones are normalised here, float ones are taken as normalised."""
+        key, embedding_key = split_key(key, 2)
+        tokens = self.blocks(self.embed(image, embedding_key), key=key)
+        if not self.config.norm_tokens:
+            return Encoded(tokens=tokens, mask=None, pooled=self.norm(tokens[:, 0]))
+        tokens = self.norm(tokens)
+        return Encoded(tokens=tokens, mask=None, pooled=self._pool(tokens))
+
+    def embed(
+        self,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch length channels"]:
+        """What enters the first block: the patches in their places, behind the class token."""
         config = self.config
         if image.shape[1:3] != (size := pair(config.image_size)):
             raise InputError(
@@ -127,14 +140,7 @@ class ViT(nnx.Module):
         x = x + self.position_embedding[...].astype(x.dtype)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
-        if key is not None:
-            key, embedding_key = jax.random.split(key)
-            x = self.dropout(x, rngs=embedding_key)
-        tokens = self.blocks(x, key=key)
-        if not config.norm_tokens:
-            return Encoded(tokens=tokens, mask=None, pooled=self.norm(tokens[:, 0]))
-        tokens = self.norm(tokens)
-        return Encoded(tokens=tokens, mask=None, pooled=self._pool(tokens))
+        return self.dropout(x, deterministic=key is None, rngs=key)
 
     def _pool(self, tokens):
         if self.pooling is not None:

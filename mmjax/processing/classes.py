@@ -18,6 +18,8 @@ from tokenizers import (
 Options = Mapping[str, Any]
 Special = Mapping[str, str]  # role ('pad', 'cls', …) → the token as the vocabulary spells it
 
+T5_EXTRA_IDS = 100  # sentinel tokens behind the pieces of T5's vocabulary
+
 _CLIP_WORDS = (
     r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 )
@@ -31,7 +33,8 @@ class Vocabulary:
     merges: list[tuple[str, str]] = field(default_factory=list)  # of byte-pair encoding
     scores: list[tuple[str, float]] = field(default_factory=list)  # of a unigram model
     charsmap: bytes = b""  # SentencePiece's table of replaced characters
-    template: processors.PostProcessor | None = None  # the special tokens, where a file says
+    extra: list[AddedToken] = field(default_factory=list)  # SentencePiece's own special tokens
+    template: processors.PostProcessor | None = None  # where special tokens go, if a file says
 
 
 @dataclass(frozen=True)
@@ -78,9 +81,7 @@ def _clip(vocabulary: Vocabulary, special: Special, options: Options) -> Tokeniz
             pre_tokenizers.ByteLevel(add_prefix_space=False),
         ]
     )
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.ByteLevel(), decoders.Replace("</w>", " "), decoders.Strip(" ", 0, 1)]
-    )
+    tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
 
 
@@ -94,8 +95,12 @@ def _byte_level(vocabulary: Vocabulary, special: Special, options: Options) -> T
 
 
 def _t5(vocabulary: Vocabulary, special: Special, options: Options) -> Tokenizer:
-    # The unknown token is the third of T5's vocabulary, and is taken to be that of any other.
-    tokenizer = Tokenizer(models.Unigram(vocabulary.scores, unk_id=2, byte_fallback=False))
+    scores = list(vocabulary.scores)
+    if not any(token == "<extra_id_0>" for token, _ in scores):
+        count = options.get("extra_ids", T5_EXTRA_IDS)
+        scores += [(f"<extra_id_{i}>", 0.0) for i in reversed(range(count))]
+    # T5's unknown token is its third, and `transformers` takes the third in any vocabulary.
+    tokenizer = Tokenizer(models.Unigram(scores, unk_id=2, byte_fallback=False))
     if vocabulary.charsmap:
         tokenizer.normalizer = normalizers.Precompiled(vocabulary.charsmap)
     metaspace: dict[str, Any] = {"replacement": "▁", "prepend_scheme": "always", "split": True}
@@ -130,6 +135,13 @@ def _siglip2(vocabulary: Vocabulary, special: Special, options: Options) -> Toke
     return tokenizer
 
 
+def _numbered(tokenizer: Tokenizer, token: str) -> tuple[str, int]:
+    """A special token and its id; it has one, because it was added where it was missing."""
+    i = tokenizer.token_to_id(token)
+    assert i is not None
+    return token, i
+
+
 def _bert_template(
     tokenizer: Tokenizer, vocabulary: Vocabulary, special: Special, options: Options
 ) -> processors.PostProcessor:
@@ -137,25 +149,21 @@ def _bert_template(
     return processors.TemplateProcessing(
         single=f"{begin}:0 $A:0 {end}:0",
         pair=f"{begin}:0 $A:0 {end}:0 $B:1 {end}:1",
-        special_tokens=[(token, tokenizer.token_to_id(token)) for token in (begin, end)],
+        special_tokens=[_numbered(tokenizer, token) for token in (begin, end)],
     )
 
 
 def _clip_template(
     tokenizer: Tokenizer, vocabulary: Vocabulary, special: Special, options: Options
 ) -> processors.PostProcessor:
-    end, begin = (
-        (special[role], tokenizer.token_to_id(special[role])) for role in ("eos", "bos")
-    )
-    return processors.RobertaProcessing(end, begin, trim_offsets=False, add_prefix_space=False)
+    end, begin = (_numbered(tokenizer, special[role]) for role in ("eos", "bos"))
+    return processors.RobertaProcessing(end, begin)
 
 
 def _roberta_template(
     tokenizer: Tokenizer, vocabulary: Vocabulary, special: Special, options: Options
 ) -> processors.PostProcessor:
-    end, begin = (
-        (special[role], tokenizer.token_to_id(special[role])) for role in ("sep", "cls")
-    )
+    end, begin = (_numbered(tokenizer, special[role]) for role in ("sep", "cls"))
     return processors.RobertaProcessing(end, begin)
 
 
@@ -166,7 +174,7 @@ def _t5_template(
     return processors.TemplateProcessing(
         single=["$A", end],
         pair=["$A", end, "$B", end],
-        special_tokens=[(end, tokenizer.token_to_id(end))],
+        special_tokens=[_numbered(tokenizer, end)],
     )
 
 
@@ -185,7 +193,7 @@ def _given_template(
     return processors.TemplateProcessing(
         single=around("$A", 0),
         pair=around("$A", 0) + around("$B", 1),
-        special_tokens=[(t, tokenizer.token_to_id(t)) for t in (begin, end) if t is not None],
+        special_tokens=[_numbered(tokenizer, t) for t in (begin, end) if t is not None],
     )
 
 
@@ -209,7 +217,6 @@ _END = "<|endoftext|>"
 CLASSES = {
     "BertTokenizer": _BERT,
     "LxmertTokenizer": _BERT,
-    "ElectraTokenizer": _BERT,
     "CLIPTokenizer": TokenizerClass(
         "BPE",
         {"bos": "<|startoftext|>", "eos": _END, "unk": _END, "pad": _END},

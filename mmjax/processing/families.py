@@ -94,15 +94,15 @@ FAMILIES: dict[str, ImageProcessor] = {
 # Where a `size` of one number is the shortest edge, not a square.
 _EDGE = ("ConvNext", "CLIP", "Siglip", "Vilt", "BridgeTower")
 # Keys that mean something only to the families that set them above.
-_OWN_KEYS = ("size_divisor", "crop_pct", "rescale_offset", "include_top")
+_OWN_KEYS = ("do_pad", "size_divisor", "crop_pct", "rescale_offset", "include_top")
 
 
 def read_image_processor(config: Mapping[str, Any], type_name: str, origin: str) -> ImageProcessor:
     """The processor that a `preprocessor_config.json` describes.
 
     Args:
-      config: the file. Keys it lacks, or that are null, are as the family has them; keys that mean
-        nothing to the family are left aside, as `transformers` leaves them.
+      config: the file. Keys it lacks are as the family has them; steps that are null are not done;
+        keys that mean nothing to the family are left aside, as `transformers` leaves them.
       type_name: the family's class, in any of its spellings: `CLIPImageProcessor`,
         `CLIPFeatureExtractor`, `CLIPProcessor`; also with `Fast` or `Pil`.
       origin: names the file in messages.
@@ -117,9 +117,10 @@ def read_image_processor(config: Mapping[str, Any], type_name: str, origin: str)
     given = {
         key: _value(key, config[key], name, f"{origin}: {key}")
         for key in sorted(known & config.keys())
-        if config[key] is not None
     }
     processor = replace(usual, **given)
+    if config.get("do_pad") and usual.do_pad is None:
+        raise InputError(f"{origin}: do_pad is true, and {type_name} pads no pictures.")
     if processor.do_center_crop and processor.crop_size is None:
         raise InputError(f"{origin}: do_center_crop is true, and there is no crop_size.")
     return processor
@@ -145,7 +146,7 @@ def _value(key: str, value: Any, family: str, name: str) -> Any:
         case "size":
             return _size(value, name, edge=family in _EDGE)
         case "crop_size":
-            return _size(value, name, edge=False)
+            return None if value is None else _size(value, name, edge=False)
         case "image_mean":
             return _channels(value, name)
         case "image_std":
@@ -156,9 +157,9 @@ def _value(key: str, value: Any, family: str, name: str) -> Any:
             return _whole(value, name, range(1, _MAX_SIDE + 1))
         case "rescale_factor" | "crop_pct":
             return _number(value, name, above=0.0)
-    if not isinstance(value, bool):
+    if not isinstance(value, bool | None):
         raise InputError(f"{name} is true or false, not {value!r}.")
-    return value
+    return bool(value)
 
 
 def _size(value: Any, name: str, edge: bool) -> dict[str, int]:

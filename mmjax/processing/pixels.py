@@ -43,7 +43,7 @@ class ImageProcessor:
     do_rescale: bool = True
     rescale_factor: float = 1 / 255
     do_normalize: bool = True
-    do_pad: bool = False
+    do_pad: bool | None = None  # a batch to its largest picture, with a mask
     size_divisor: int | None = None  # sides are multiples of it, and the longest has a limit
     crop_pct: float | None = None  # the share of the resized picture that a crop keeps
     rescale_offset: bool | None = None  # subtract 1 after scaling
@@ -151,10 +151,11 @@ class ImageProcessor:
         table = levels.astype(np.float32)
         if self.do_rescale and self.rescale_offset:
             table -= 1
+        mean, std = (np.asarray(v, np.float32) for v in (self.image_mean, self.image_std))
         if self.do_normalize:
-            table = (table - np.float32(self.image_mean)) / np.float32(self.image_std)
+            table = (table - mean) / std
         if self.include_top:
-            table = table / np.float32(self.image_std)
+            table = table / std
         return table
 
 

@@ -17,7 +17,7 @@ from mmjax.errors import InputError
 SPACE = "▁"  # what SentencePiece writes for a space
 
 UNIGRAM = 1  # trainer_spec.model_type; 2 is BPE
-NORMAL, UNKNOWN, USER_DEFINED = 1, 2, 4  # pieces.type; 3 are control tokens, 5 unused, 6 bytes
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # pieces.type; 5 is unused, 6 are bytes
 
 
 class Piece(NamedTuple):

@@ -2,7 +2,7 @@
 
 import re
 import string
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, models
@@ -32,7 +32,7 @@ class SiglipTokenizer(PretrainedTokenizer):
         model: SentencePieceModel,
         habits: Habits,
         special: Mapping[str, str],
-        added: Mapping[str, AddedToken],
+        added: Sequence[AddedToken],
         origin: str,
     ):
         """Raises InputError where the model is of another kind; `origin` names its file."""
@@ -46,12 +46,12 @@ class SiglipTokenizer(PretrainedTokenizer):
             unk_id=model.unknown_id,
         )
         self._ids = {piece.text: i for i, piece in enumerate(model.pieces)}
-        for token in added:
+        self._added = {token.content: token for token in added}
+        for token in self._added:
             self._ids.setdefault(token, len(self._ids))
         self._texts = {i: text for text, i in self._ids.items()}
-        self._added = dict(added)
-        longest_first = sorted(map(re.escape, added), key=len, reverse=True)
-        self._split = re.compile(f"({'|'.join(longest_first)})")
+        longest_first = sorted(self._added, key=len, reverse=True)
+        self._split = re.compile(f"({'|'.join(map(re.escape, longest_first))})")
         super().__init__(habits, special, len(self._ids))
         if self.eos_id is None:
             raise InputError(f"{origin}: SigLIP needs an eos_token, '</s>', in its vocabulary.")
@@ -59,10 +59,10 @@ class SiglipTokenizer(PretrainedTokenizer):
         self._prefix = special["unk"]
         self._prefix_length = len(self._pieces(self._prefix))
 
-    def encode(
+    def encode_text(
         self, text: str, pair: str | None = None, limit: int | None = None
     ) -> tuple[list[int], list[int]]:
-        """As `PretrainedTokenizer.encode`; there are no pairs."""
+        """As `PretrainedTokenizer.encode_text`; there are no pairs."""
         if pair is not None:
             raise InputError("text_pair: SigLIP reads one text, and knows no pairs.")
         if limit is not None and limit < 1:
@@ -85,7 +85,7 @@ class SiglipTokenizer(PretrainedTokenizer):
         """As `PretrainedTokenizer.id_of`."""
         return self._ids.get(token)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, processor_class: str | None = None) -> None:
         """Writes `spiece.model` and `tokenizer_config.json`."""
         path = folder / "spiece.model"
         try:
@@ -93,7 +93,7 @@ class SiglipTokenizer(PretrainedTokenizer):
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error.strerror}.") from error
         added = {self._ids[content]: token for content, token in self._added.items()}
-        self._save_config(folder, added)
+        self._save_config(folder, processor_class, added)
 
     def _tokens(self, text: str) -> list[int]:
         """The ids of a text without that of its end."""

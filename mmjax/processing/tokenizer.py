@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tokenizers import AddedToken, Tokenizer, models
+from tokenizers import AddedToken
 
 from mmjax.errors import InputError
-from mmjax.processing.files import write_json
+from mmjax.json_files import write_json
 
 Side = Literal["left", "right"]
 
@@ -82,7 +82,7 @@ class PretrainedTokenizer(ABC):
         length = self.habits.fixed_length if length is None else length
         limit = self.habits.max_length if length is None else length
         encoded = [
-            self.encode(
+            self.encode_text(
                 _checked(text, f"text[{i}]"),
                 None if pairs is None else _checked(pairs[i], f"text_pair[{i}]"),
                 limit,
@@ -92,8 +92,8 @@ class PretrainedTokenizer(ABC):
         width = max(len(ids) for ids, _ in encoded) if length is None else length
         if self.pad_id is None and any(len(ids) < width for ids, _ in encoded):
             raise InputError(
-                f"{self.habits.tokenizer_class} has no token to pad with: give texts of one length, "
-                "or name a pad_token in tokenizer_config.json."
+                f"{self.habits.tokenizer_class} has no token to pad with: give texts of one "
+                "length, or name a pad_token in tokenizer_config.json."
             )
         text = np.full((len(texts), width), self.pad_id or 0, np.int32)
         types = np.zeros(text.shape, np.int32)
@@ -110,7 +110,7 @@ class PretrainedTokenizer(ABC):
         return batch
 
     @abstractmethod
-    def encode(
+    def encode_text(
         self, text: str, pair: str | None = None, limit: int | None = None
     ) -> tuple[list[int], list[int]]:
         """Ids and token types of one text or pair with its special tokens, at most `limit`."""
@@ -124,13 +124,15 @@ class PretrainedTokenizer(ABC):
         """The id of a token as the vocabulary spells it."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, processor_class: str | None = None) -> None:
         """Writes the files that `transformers` and `load_processor` read."""
 
     def _role(self, role: str) -> int | None:
         return self.id_of(self.special[role]) if role in self.special else None
 
-    def _save_config(self, folder: Path, added: Mapping[int, AddedToken]) -> None:
+    def _save_config(
+        self, folder: Path, processor_class: str | None, added: Mapping[int, AddedToken]
+    ) -> None:
         habits = self.habits
         config: dict[str, Any] = {
             **habits.options,
@@ -146,6 +148,11 @@ class PretrainedTokenizer(ABC):
                 }
                 for i, token in sorted(added.items())
             },
+            "extra_special_tokens": [
+                token.content
+                for token in added.values()
+                if token.special and token.content not in self.special.values()
+            ],
             "clean_up_tokenization_spaces": habits.clean_up,
             "model_input_names": list(habits.inputs),
             "padding_side": habits.padding_side,
@@ -154,60 +161,9 @@ class PretrainedTokenizer(ABC):
         }
         if habits.max_length is not None:
             config["model_max_length"] = habits.max_length
+        if processor_class is not None:
+            config["processor_class"] = processor_class
         write_json(folder / "tokenizer_config.json", config)
-
-
-class FastTokenizer(PretrainedTokenizer):
-    """A tokenizer of the `tokenizers` library."""
-
-    def __init__(self, tokenizer: Tokenizer, habits: Habits, special: Mapping[str, str]):
-        # Lengths are given call by call: the library's own settings would be shared state.
-        tokenizer.no_truncation()
-        tokenizer.no_padding()
-        self._tokenizer = tokenizer
-        super().__init__(habits, special, tokenizer.get_vocab_size(with_added_tokens=True))
-
-    def encode(
-        self, text: str, pair: str | None = None, limit: int | None = None
-    ) -> tuple[list[int], list[int]]:
-        """As `PretrainedTokenizer.encode`; the longer text of a pair is cut first."""
-        first = self._tokenizer.encode(text, add_special_tokens=False)
-        second = None if pair is None else self._tokenizer.encode(pair, add_special_tokens=False)
-        if limit is not None:
-            room = limit - self._tokenizer.num_special_tokens_to_add(second is not None)
-            if room < 0:
-                raise InputError(
-                    f"A text of {limit} tokens has no room for the special tokens of "
-                    f"{self.habits.tokenizer_class}, which are {limit - room}."
-                )
-            lengths = _shares(len(first), 0 if second is None else len(second), room)
-            for encoding, length in zip((first, second), lengths, strict=True):
-                if encoding is not None:
-                    encoding.truncate(length, direction=self.habits.truncation_side)
-        encoding = self._tokenizer.post_process(first, second)
-        return encoding.ids, encoding.type_ids
-
-    def decode(self, ids: Iterable[int]) -> str:
-        """As `PretrainedTokenizer.decode`."""
-        text = self._tokenizer.decode(list(ids), skip_special_tokens=True)
-        # Byte-pair vocabularies keep their spaces, and lose some that are meant by a clean-up.
-        if self.habits.clean_up and not isinstance(self._tokenizer.model, models.BPE):
-            for spaced in (" .", " ?", " !", " ,", " n't", " 'm", " 's", " 've", " 're"):
-                text = text.replace(spaced, spaced[1:])
-        return text
-
-    def id_of(self, token: str) -> int | None:
-        """As `PretrainedTokenizer.id_of`."""
-        return self._tokenizer.token_to_id(token)
-
-    def save(self, folder: Path) -> None:
-        """Writes `tokenizer.json` and `tokenizer_config.json`."""
-        path = folder / "tokenizer.json"
-        try:
-            path.write_text(self._tokenizer.to_str(pretty=True), encoding="utf-8")
-        except OSError as error:
-            raise InputError(f"{path} cannot be written: {error.strerror}.") from error
-        self._save_config(folder, self._tokenizer.get_added_tokens_decoder())
 
 
 def _checked(text: Any, name: str) -> str:
@@ -218,15 +174,3 @@ def _checked(text: Any, name: str) -> str:
     except UnicodeEncodeError as error:
         raise InputError(f"{name}: half a surrogate pair is no text ({error}).") from error
     return text
-
-
-def _shares(first: int, second: int, room: int) -> tuple[int, int]:
-    """How much of two texts to keep in `room` tokens: the longer is cut down to the shorter."""
-    if first > second:
-        second, first = _shares(second, first, room)
-        return first, second
-    if first + second <= room:
-        return first, second
-    if 2 * first <= room:
-        return first, room - first
-    return room // 2, room - room // 2

@@ -1,20 +1,24 @@
 """Reading the vocabulary of a folder, from whichever of its files holds it."""
 
 import base64
-import binascii
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from mmjax.data.tokenizer import read_vocabulary
 from mmjax.errors import InputError
+from mmjax.json_files import find_json
 from mmjax.processing.classes import Vocabulary
-from mmjax.processing.files import read_json
-from mmjax.processing.sentencepiece import UNIGRAM, SentencePieceModel
+from mmjax.processing.sentencepiece import (
+    CONTROL,
+    UNIGRAM,
+    USER_DEFINED,
+    SentencePieceModel,
+)
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,8 @@ class TokenizerFiles:
         """The files in a folder; None where no vocabulary is. Raises InputError."""
         files = cls(
             folder,
-            config=read_json(folder / "tokenizer_config.json") or {},
-            tokenizer=read_json(folder / "tokenizer.json"),
+            config=find_json(folder / "tokenizer_config.json") or {},
+            tokenizer=find_json(folder / "tokenizer.json"),
         )
         lists = any((folder / name).is_file() for name in ("vocab.txt", "vocab.json"))
         return files if files.tokenizer or lists or files.sentencepiece() else None
@@ -108,7 +112,7 @@ def _template(content: Mapping[str, Any], path: Path) -> Any:
 
 def _from_lists(vocabulary: Path, merges: Path) -> Vocabulary:
     """The byte-pair encoding of `vocab.json` and `merges.txt`."""
-    ids = read_json(vocabulary)
+    ids = find_json(vocabulary)
     if ids is None or not merges.is_file():
         raise InputError(
             f"{vocabulary.parent} has neither tokenizer.json nor both {vocabulary.name} and "
@@ -140,4 +144,12 @@ def _from_sentencepiece(path: Path) -> Vocabulary:
             "tokenizer.json: transformers' AutoTokenizer.from_pretrained(…).save_pretrained(…) "
             "writes it."
         )
-    return Vocabulary(scores=[(p.text, p.score) for p in model.pieces], charsmap=model.charsmap)
+    return Vocabulary(
+        scores=[(piece.text, piece.score) for piece in model.pieces],
+        charsmap=model.charsmap,
+        extra=[
+            AddedToken(piece.text, normalized=False, special=piece.type == CONTROL)
+            for piece in model.pieces
+            if piece.type in (CONTROL, USER_DEFINED)
+        ],
+    )

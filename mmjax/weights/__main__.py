@@ -12,12 +12,14 @@ import argparse
 import json
 import logging
 import sys
+from pathlib import Path
 from typing import Any
 
 from flax import nnx
 
 from mmjax.errors import InputError
 from mmjax.models.model import Model
+from mmjax.processing import PROCESSOR, load_processor
 from mmjax.weights.loading import load, open_source
 from mmjax.weights.names import Pair, pairs_of
 from mmjax.weights.saving import family_of, save_checkpoint, save_huggingface
@@ -73,11 +75,22 @@ def convert(
         vocab_size=vocab_size,
         strict=not allow_differences,
     )
-    save = save_huggingface if ours else save_checkpoint
-    save(model, destination)
+    if ours:
+        save_huggingface(model, destination)
+    else:
+        save_checkpoint(model, destination)
+    _copy_processor(source, Path(destination) if ours else Path(destination) / PROCESSOR)
     pairs = pairs_of(family_of(model).table(model.config), nnx.to_pure_dict(nnx.state(model)))
     print(table(pairs))
     print(f"{family_of(model).name}: {len(pairs)} parameters written to {destination}")
+
+
+def _copy_processor(source: str, folder: Path) -> None:
+    """Weights without their vocabulary are of little use."""
+    try:
+        load_processor(source).save(folder)
+    except InputError as error:
+        print(f"No processor goes along: {error}")
 
 
 def table(pairs: list[Pair]) -> str:

@@ -1,4 +1,4 @@
-"""big_vision's `.npz` files: ViTs, and two towers as of SigLIP and LiT (google-research/big_vision).
+"""The `.npz` files of google-research/big_vision: ViTs, and two towers as of SigLIP and LiT.
 
 They carry no config. big_vision's own models have activation='gelu_tanh' and epsilon=1e-6.
 """

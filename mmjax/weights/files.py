@@ -6,23 +6,20 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from mmjax.errors import InputError
+from mmjax.json_files import read_json
 from mmjax.weights.formats import (
     DAMAGE,
     FLOATS,
-    MAX_JSON_BYTES,
     Stored,
     check_finite,
-    checked_size,
     known_dtype,
     open_file,
-    parse_json,
 )
 
 # What a folder is searched for, in this order: what needs no torch comes first. The `open_clip_`
@@ -123,19 +120,6 @@ def open_tensors(path: str | os.PathLike[str]) -> Tensors:
     file = _weight_file(path) if os.path.isdir(path) else path
     stored = _open_shards(file) if file.name.endswith(_INDEX) else open_file(file)
     return Tensors(str(path), stored)
-
-
-def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-      InputError: the file cannot be read, is not JSON, holds something else than an object, or
-        gives one key two values.
-    """
-    path = Path(path)
-    if (size := checked_size(path)) > MAX_JSON_BYTES:
-        raise InputError(f"{path}: {size:,} bytes are too many for a JSON file.")
-    return parse_json(path.read_bytes(), str(path))
 
 
 def write_safetensors(

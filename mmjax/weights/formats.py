@@ -5,9 +5,7 @@ tensor is read when it is asked for. Nothing in a file is ever executed.
 """
 
 import dataclasses
-import json
 import math
-import os
 import re
 import textwrap
 import warnings
@@ -24,6 +22,7 @@ import ml_dtypes
 import numpy as np
 
 from mmjax.errors import InputError
+from mmjax.json_files import MAX_JSON_BYTES, checked_size, parse_json
 
 # `.th` is VisualBERT's, `.model` VL-BERT's.
 TORCH_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".th", ".model")
@@ -32,12 +31,9 @@ SUFFIXES = (".safetensors", ".npz", *TORCH_SUFFIXES)
 FLOATS = ("float32", "float16", "bfloat16", "float64")
 DTYPES = (*FLOATS, "int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool")
 
-MAX_JSON_BYTES = 100_000_000  # the limit that safetensors sets to its own header
 _MAX_RANK = 32  # numpy 1 knows no array of more dimensions
 # What damaged bytes raise on their way through zipfile, numpy and torch.
 DAMAGE = (OSError, ValueError, RuntimeError, MemoryError, EOFError, zipfile.BadZipFile, zlib.error)
-
-_LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,28 +73,6 @@ def open_file(path: Path) -> list[Stored]:
     raise InputError(f"{path}: weights end in {', '.join(SUFFIXES)}; found {suffix!r}.")
 
 
-def checked_size(path: Path) -> int:
-    """The size in bytes of a file that is there, is not empty and is no pointer of Git LFS."""
-    if os.path.islink(path) and not os.path.exists(path):
-        raise InputError(f"{path}: this is a link to a file that is gone; download it again.")
-    if not os.path.isfile(path):  # Path.is_file raises for some names that no file can have
-        raise InputError(f"{path}: there is no such file.")
-    try:
-        with path.open("rb") as file:
-            start = file.read(len(_LFS_POINTER))
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise InputError(f"{path}: the file cannot be read: {error.strerror}.") from error
-    if not size:
-        raise InputError(f"{path}: the file is empty; download it again.")
-    if start == _LFS_POINTER:
-        raise InputError(
-            f"{path}: this is a Git LFS pointer, not the file itself. In its folder run "
-            "'git lfs install' and 'git lfs pull'."
-        )
-    return size
-
-
 def known_dtype(kind: str, name: str, path: Path) -> np.dtype:
     """The type that numpy calls `kind`, if it is one of `DTYPES`."""
     if kind not in DTYPES:
@@ -126,31 +100,6 @@ def check_finite(array: np.ndarray, name: str, path: Path) -> None:
             f"{path}: of the {array.size:,} values of the tensor {name!r}, {bad:,} are NaN or "
             "infinite in float32. Take a checkpoint from before the training diverged."
         )
-
-
-def parse_json(text: bytes, origin: str) -> dict[str, Any]:
-    """The object that `text` spells; `origin` names it in the messages of an `InputError`."""
-
-    def unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if found.setdefault(key, value) != value:
-                raise InputError(f"{origin}: the key {key!r} is there twice, with two values.")
-        return found
-
-    try:
-        parsed = json.loads(text, object_pairs_hook=unambiguous)
-    except InputError:
-        raise
-    except json.JSONDecodeError as error:
-        raise InputError(
-            f"{origin}: not JSON, from line {error.lineno}, column {error.colno} on: {error.msg}."
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{origin}: not JSON: {error}.") from error
-    if not isinstance(parsed, dict):
-        raise InputError(f"{origin}: expected a JSON object, found a {type(parsed).__name__}.")
-    return parsed
 
 
 # Safetensors. Its own reader for numpy knows no bfloat16, hence the format is read here:

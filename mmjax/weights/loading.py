@@ -15,13 +15,15 @@ from flax import nnx
 
 from mmjax import config as configuration
 from mmjax.errors import InputError, near_misses
+from mmjax.json_files import read_json
 from mmjax.models.model import Model
 from mmjax.models.vision_language import VisionLanguageModel
 from mmjax.rules import by_path, leaf_paths, path_name
 from mmjax.training.checkpoints import load_assets, load_parameters
+from mmjax.weights import openai_clip
 from mmjax.weights.families import FAMILIES
 from mmjax.weights.family import Family, Source
-from mmjax.weights.files import Tensors, open_tensors, read_json
+from mmjax.weights.files import Tensors, open_tensors
 from mmjax.weights.hub import resolve
 from mmjax.weights.names import Pair, pairs_of
 
@@ -202,12 +204,18 @@ def open_source(
             f"{path} is one file, and carries no config: give the folder with its config.json, or "
             "family= and config=."
         )
-    if not (path / CONFIG).exists():
+    if not any((path / name).exists() for name in (CONFIG, openai_clip.CONFIG)):
         return _load_checkpoint(str(source))
     return _open_folder(path)
 
 
 def _open_folder(folder: Path) -> Opened:
+    # It may hold the same model for `transformers` too; the names tell whose weights these are.
+    if (path := folder / openai_clip.CONFIG).exists():
+        tensors = open_tensors(folder)
+        if openai_clip.is_named_so(tensors):
+            config = openai_clip.read(Source(read_json(path), list(tensors), str(path)))
+            return Opened(openai_clip.FAMILY, config, tensors)
     description = read_json(folder / CONFIG)
     origin = str(folder / CONFIG)
     kind = description.get("model_type", "")

@@ -46,6 +46,7 @@ class Entry:
       transpose: false where kernels lie there as here, [in, out].
       inputs: how many leading axes of our kernel are inputs: 2 for an attention's output.
       leading: axes of size 1 that theirs has in front of ours (negative: that ours has).
+      flax: theirs is a module of flax: leaves are named as ours, behind a slash, and lie as ours.
       resize: turns a table of another length into ours, (array, shape) -> array, when the user asks
         for another size.
     """
@@ -58,6 +59,7 @@ class Entry:
     transpose: bool = True
     inputs: int = 1
     leading: int = 0
+    flax: bool = False
     resize: Callable[[np.ndarray, tuple[int, ...]], np.ndarray] | None = None
 
 
@@ -161,12 +163,16 @@ class Pair:
         return self.shape[1:] if self.stacked else self.shape
 
     @property
+    def _is_kernel(self) -> bool:
+        return self.leaf == "kernel" and not self.entry.flax
+
+    @property
     def _is_convolution(self) -> bool:
-        return self.leaf == "kernel" and len(self._layer_shape) == 4 and self.entry.inputs == 1
+        return self._is_kernel and len(self._layer_shape) == 4 and self.entry.inputs == 1
 
     @property
     def _is_matrix(self) -> bool:
-        return self.leaf == "kernel" and not self._is_convolution
+        return self._is_kernel and not self._is_convolution
 
     @property
     def _is_transposed(self) -> bool:
@@ -180,19 +186,19 @@ class Pair:
         if self._is_matrix:
             matrix = math.prod(shape[: entry.inputs]), math.prod(shape[entry.inputs :])
             return matrix[::-1] if entry.transpose else matrix
-        if self.leaf == "bias":
+        if self.leaf == "bias" and not entry.flax:
             return (math.prod(shape),)
         return (1,) * entry.leading + shape[max(-entry.leading, 0) :]
 
 
-def pairs_of(table: Table, params: Any, leaves: Mapping[str, str] = TORCH_LEAVES) -> list[Pair]:
+def pairs_of(table: Table, params: Any) -> list[Pair]:
     """A table spelt out for a tree of parameters, or of their shapes.
 
     Raises InputError for parameters that the table has no name for.
     """
     pairs, nameless = [], []
     for path, leaf in by_path(params).items():
-        matches = (_match(entry, path, tuple(leaf.shape), leaves) for entry in table)
+        matches = (_match(entry, path, tuple(leaf.shape)) for entry in table)
         if (pair := next(filter(None, matches), None)) is None:
             nameless.append(path)
         else:
@@ -204,17 +210,16 @@ def pairs_of(table: Table, params: Any, leaves: Mapping[str, str] = TORCH_LEAVES
     return pairs
 
 
-def _match(
-    entry: Entry, path: str, shape: tuple[int, ...], leaves: Mapping[str, str]
-) -> Pair | None:
+def _match(entry: Entry, path: str, shape: tuple[int, ...]) -> Pair | None:
     pattern = re.escape(entry.ours).replace(r"\{s\}", r"(?P<s>\d+)")
     found = re.fullmatch(pattern + r"(/(?P<leaf>[a-z]+))?", path)
-    if found is None or (found["leaf"] or "kernel") not in leaves:
+    if found is None or (found["leaf"] or "kernel") not in TORCH_LEAVES:
         return None
     leaf, theirs = found["leaf"] or "", entry.theirs
     if leaf:
-        theirs = theirs if "{leaf}" in theirs else theirs + ".{leaf}"
-        theirs = theirs.replace("{leaf}", leaves[leaf])
+        if "{leaf}" not in theirs:
+            theirs += "/{leaf}" if entry.flax else ".{leaf}"
+        theirs = theirs.replace("{leaf}", leaf if entry.flax else TORCH_LEAVES[leaf])
     theirs = theirs.replace("{s}", found.groupdict().get("s") or "")
     return Pair(path, shape, theirs, leaf, entry)
 

@@ -1,6 +1,5 @@
 """From a model to disk: Hugging Face folders, and checkpoints of our own."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from flax import nnx
 
 from mmjax import config as configuration
 from mmjax.errors import InputError
+from mmjax.json_files import write_json
 from mmjax.models.model import Model
 from mmjax.training.checkpoints import Checkpointer
 from mmjax.weights import generation
@@ -38,7 +38,7 @@ def save_huggingface(model: Model, folder: str | Path) -> None:
     if hasattr(model.config, "generation"):
         files[generation.FILE] = generation.write_generation(model.config.generation)
     for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / name, content)
 
 
 def _update_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -9,12 +9,12 @@ from tests.cases import gpt2
 from tests.cases.case import LAYERS, UNCOMMON_LAYERS, Case, pictures
 from tests.parity import torch_side
 
-BATCH, WORDS = 3, 20
+BATCH, WORDS = 3, 12
 DECODERS = [
-    {**decoder, "vocab_size": WORDS, "n_positions": 16}
+    {**decoder, "vocab_size": WORDS, "n_positions": 24, "n_embd": 24}
     for decoder in (gpt2.DECODER, gpt2.UNCOMMON_DECODER)
 ]
-TOKENS = {"eos_token_id": 7, "pad_token_id": 0, "bos_token_id": 2, "decoder_start_token_id": 1}
+TOKENS = {"eos_token_id": 3, "pad_token_id": 0, "bos_token_id": 2, "decoder_start_token_id": 1}
 
 # What is generated hangs on all that an option does: how long, from what, when it is over.
 OPTIONS = {
@@ -37,6 +37,13 @@ OPTIONS = {
 def built(case, seed, folder, **generation):
     """The model there and, from what it saves, here."""
     theirs = torch_side.build(case, seed)
+    decoder = getattr(theirs, "decoder", theirs).transformer
+    with torch.no_grad():
+        # As it is, a model repeats one word: every word's vector is the likeliest to follow it.
+        for weight in (w for w in decoder.h.parameters() if w.ndim > 1):
+            weight *= 4
+        decoder.wpe.weight *= 2
+        decoder.wte.weight /= decoder.wte.weight.norm(dim=1, keepdim=True)
     theirs.generation_config.update(**TOKENS, **generation)
     theirs.save_pretrained(folder)
     return theirs, mmjax.load(folder)
@@ -58,7 +65,7 @@ def test_continued_texts(name, tmp_path):
     """Every other time with prompts of several lengths."""
     config = DECODERS[len(name) % 2]
     case = Case("gpt2", "GPT2LMHeadModel", lambda t: t.GPT2Config(**config), dict)
-    for seed in range(6):
+    for seed in range(4):
         theirs, ours = built(case, seed, tmp_path)
         rng = np.random.default_rng(seed)
         mask = np.arange(4) >= seed % 2 * np.arange(BATCH)[:, None]
@@ -81,7 +88,7 @@ def test_captions(name, begun, tmp_path):
         ),
         inputs=dict,
     )
-    for seed in range(3):
+    for seed in range(2):
         theirs, ours = built(case, seed, tmp_path / "theirs")
         rng = np.random.default_rng(seed)
         image_batch = pictures(rng, batch=BATCH)
@@ -96,9 +103,9 @@ def test_captions(name, begun, tmp_path):
 
 
 def test_a_model_generates_as_its_file_says(tmp_path):
-    case = Case("gpt2", "GPT2LMHeadModel", lambda t: t.GPT2Config(**DECODERS[0]), dict)
+    case = Case("gpt2", "GPT2LMHeadModel", lambda t: t.GPT2Config(**DECODERS[1]), dict)
     defaults = {"num_beams": 3, "max_new_tokens": 6, "length_penalty": 0.0, "min_length": 6}
-    theirs, ours = built(case, 0, tmp_path / "theirs", **defaults)
+    theirs, ours = built(case, 1, tmp_path / "theirs", **defaults)
     text = np.random.default_rng(0).integers(1, WORDS, size=(BATCH, 4))
     expected = expected_of(theirs, {}, input_ids=text)
     assert_same(ours.generate(text), expected)

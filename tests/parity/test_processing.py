@@ -29,9 +29,8 @@ from mmjax.errors import InputError
 from mmjax.processing import load_processor, save_processor
 from tests.processing.folders import write, write_published
 
-
-# Pictures. The bounds are 1e-2 of a standard deviation at most and 1e-3 on average; the
-# arithmetic is the same here and there, so that anything but float noise is a mistake.
+# Pictures. A hundredth of a standard deviation would do for a model; but the arithmetic is the same
+# here and there, so that anything beyond float noise is a mistake.
 
 CLOSE = 1e-5
 

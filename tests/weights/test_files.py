@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from mmjax.errors import InputError
-from mmjax.weights.files import open_tensors, read_json, write_safetensors
+from mmjax.json_files import read_json
+from mmjax.weights.files import open_tensors, write_safetensors
 
 ONE = np.ones(2, np.float32)
 
