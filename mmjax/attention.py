@@ -20,15 +20,15 @@ def attention(
     query: Float[Array, "batch queries heads head_width"],
     key: Float[Array, "batch keys heads head_width"],
     value: Float[Array, "batch keys heads head_width"],
-    mask: Bool[Array, "batch _ keys"] | None = None,
+    mask: Bool[Array, "#batch _ keys"] | None = None,
     implementation: str = "auto",
     bias: Float[Array, "_ heads queries keys"] | None = None,
 ) -> Float[Array, "batch queries heads head_width"]:
     """softmax(query · keyᵀ / √head_width + bias) · value (Vaswani et al. 2017, equation 1).
 
-    `mask` is true where a query may look at a key; `bias` has a row for each of the batch, or one
-    for all. The softmax is taken in float32. `implementation` is one of `IMPLEMENTATIONS`, or
-    'auto': chosen by the backend.
+    `mask` is true where a query may look at a key; it and `bias` have a row for each of the batch,
+    or one for all. The softmax is taken in float32. `implementation` is one of `IMPLEMENTATIONS`,
+    or 'auto': chosen by the backend.
     """
     if implementation == "auto":
         implementation = "head_major" if jax.default_backend() == "cpu" else "einsum"
@@ -43,7 +43,7 @@ def attention(
 def attention_weights(
     query: Float[Array, "batch queries heads head_width"],
     key: Float[Array, "batch keys heads head_width"],
-    mask: Bool[Array, "batch _ keys"] | None = None,
+    mask: Bool[Array, "#batch _ keys"] | None = None,
     bias: Float[Array, "_ heads queries keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
     """The probabilities themselves, in float32: for looking at, or to distil from."""

@@ -173,7 +173,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys context_width"] | None = None,
-        mask: Bool[Array, "batch _ keys"] | None = None,
+        mask: Bool[Array, "#batch _ keys"] | None = None,
         bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """Attend; `mask` is true where a query may look, `bias` is added to the scores."""
@@ -187,7 +187,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         memory: KeysValues,
-        mask: Bool[Array, "batch _ keys"] | None = None,
+        mask: Bool[Array, "#batch _ keys"] | None = None,
         bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """The same call, over keys and values that are there already."""
@@ -198,7 +198,7 @@ class Attention(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys context_width"],
-        mask: Bool[Array, "batch _ keys"] | None = None,
+        mask: Bool[Array, "#batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
         return attention_weights(self.query(x), self.key(context), mask)
@@ -231,7 +231,7 @@ class AttentionSublayer(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys context_width"] | None = None,
-        mask: Bool[Array, "batch _ keys"] | None = None,
+        mask: Bool[Array, "#batch _ keys"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """Apply the sub-layer; `key` draws its dropout."""
@@ -243,7 +243,7 @@ class AttentionSublayer(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         memory: KeysValues,
-        mask: Bool[Array, "batch _ keys"] | None = None,
+        mask: Bool[Array, "#batch _ keys"] | None = None,
         at: int | Int[Array, ""] | None = None,
     ) -> tuple[Float[Array, "batch queries width"], KeysValues]:
         """The same call, over keys and values that are there already.
@@ -259,7 +259,7 @@ class AttentionSublayer(nnx.Module):
         self,
         x: Float[Array, "batch queries width"],
         context: Float[Array, "batch keys context_width"],
-        mask: Bool[Array, "batch _ keys"] | None = None,
+        mask: Bool[Array, "#batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
         context = context if self.context_norm is None else self.context_norm(context)
@@ -314,9 +314,9 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "batch length width"],
-        mask: Bool[Array, "batch _ length"] | None = None,
+        mask: Bool[Array, "#batch _ length"] | None = None,
         context: Float[Array, "batch keys context_width"] | None = None,
-        context_mask: Bool[Array, "batch _ keys"] | None = None,
+        context_mask: Bool[Array, "#batch _ keys"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length width"]:
         """Apply the layer; masks are true where a query may look, `key` draws its dropout."""

@@ -107,9 +107,7 @@ class MaskedLanguageHead(nnx.Module):
     With `tied=False` (ViLT, METER, FLAVA) the head has a table of its own.
     """
 
-    def __init__(
-        self, width: int, text: BertConfig, dtype: str, rngs: nnx.Rngs, tied: bool = True
-    ):
+    def __init__(self, width: int, text: BertConfig, dtype: str, rngs: nnx.Rngs, tied: bool = True):
         self.activation = text.activation
         self.transform = linear(width, text.width, dtype, rngs)
         self.norm = layer_norm(text.width, text.epsilon, dtype, rngs)

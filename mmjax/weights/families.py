@@ -1,6 +1,30 @@
 """Every family, by `model_type`; where configs are of one class, the first that fits is written."""
 
-from mmjax.weights import align, bert, clip, resnet, siglip, swin, vit
+from mmjax.weights import (
+    albef,
+    align,
+    bert,
+    big_vision,
+    blip,
+    bridgetower,
+    clip,
+    flava,
+    gpt2,
+    lxmert,
+    meter,
+    openai_clip,
+    oscar,
+    resnet,
+    siglip,
+    swin,
+    timm,
+    uniter,
+    vilt,
+    vision_encoder_decoder,
+    visualbert,
+    vit,
+    vl_bert,
+)
 from mmjax.weights import vision_text_dual_encoder as dual_encoder
 
 FAMILIES = {
@@ -16,5 +40,29 @@ FAMILIES = {
         align.FAMILY,
         align.IMAGE_FAMILY,
         dual_encoder.FAMILY,
+        openai_clip.FAMILY,
+        meter.FAMILY,
+        bridgetower.FAMILY,
+        lxmert.FAMILY,
+        lxmert.ORIGINAL,
+        visualbert.FAMILY,
+        visualbert.ORIGINAL,
+        vilt.FAMILY,
+        vilt.ORIGINAL,
+        flava.FAMILY,
+        uniter.FAMILY,
+        uniter.VILLA,
+        oscar.FAMILY,
+        vl_bert.FAMILY,
+        albef.FAMILY,
+        albef.MOMENTUM_FAMILY,
+        blip.FAMILY,
+        blip.ORIGINAL,
+        blip.MOMENTUM_FAMILY,
+        gpt2.FAMILY,
+        vision_encoder_decoder.FAMILY,
+        timm.FAMILY,
+        big_vision.VIT,
+        big_vision.TWO_TOWERS,
     )
 }

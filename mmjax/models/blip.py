@@ -1,0 +1,291 @@
+"""BLIP (Li et al. 2022, "Bootstrapping Language-Image Pre-training …").
+
+One kind of layer, BERT's with a cross-attention in it, makes three things: a text encoder, a text
+encoder that looks at the picture, and a decoder that looks at the picture or at a question.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
+
+from mmjax.decoding import Cache, Generated, GenerationConfig, generate
+from mmjax.errors import InputError, near_misses
+from mmjax.layers import split_key
+from mmjax.models.bert import BertConfig
+from mmjax.models.cross_attention import BertDecoder, CrossBert
+from mmjax.models.features import AnyArray, Encoded, Fused
+from mmjax.models.heads import ContrastiveConfig, ContrastiveHead, MatchingHead
+from mmjax.models.model import Model
+from mmjax.models.vit import ViT, ViTConfig
+
+DECODERS = ("", "image", "question")
+# [DEC], [SEP] and [PAD], as published.
+GENERATION = GenerationConfig(bos_token_id=30522, eos_token_id=102, pad_token_id=0)
+
+
+@dataclass(frozen=True)
+class BlipConfig:
+    """The parts of a model.
+
+    Retrieval has `embedding_width=256` and `matching`, question answering `decoder='question'`,
+    captioning `encoder=False` and `decoder='image'`; pre-training `embedding_width=256`,
+    `matching`, `decoder='image'` and `shared`.
+    """
+
+    image: ViTConfig
+    text: BertConfig  # of the encoder and of the decoder
+    encoder: bool = True  # of texts
+    decoder: str = ""  # what a decoder looks at: the 'image', or the 'question'; '': no decoder
+    shared: bool = False  # the decoder has all but its self-attention from the encoder
+    embedding_width: int = 0  # of the contrastive space; 0: no contrastive head
+    temperature: bool = True  # false: similarities are cosines, as `transformers` has them
+    matching: bool = False
+    # Whether a decoder that answers sees the question's padding as well: it does in `transformers`
+    # 5.23, which leaves that mask unused, and did not in training as published.
+    sees_padding: bool = False
+    # What takes the place of the first token where a text looks at a picture ([ENC], 30523 as
+    # published); -1: nothing does, as in `transformers`.
+    pair_token: int = -1
+    generation: GenerationConfig = field(default_factory=lambda: GENERATION)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be built."""
+        if self.decoder not in DECODERS:
+            raise InputError(f"decoder is {self.decoder!r}.{near_misses(self.decoder, DECODERS)}")
+        needs = {
+            "decoder='question'": self.decoder == "question",
+            "embedding_width": self.embedding_width > 0,
+            "matching": self.matching,
+            "shared": self.shared,
+        }
+        for name, wanted in needs.items():
+            if wanted and not self.encoder:
+                raise InputError(f"{name} needs the text encoder: encoder is False.")
+        if self.shared and self.decoder != "image":
+            raise InputError(
+                f"decoder is {self.decoder!r}; only one that looks at the image can share the "
+                "encoder's layers, which look at it as well."
+            )
+
+
+class Blip(Model):
+    """Pictures and texts in, features, scores and texts out."""
+
+    # A part, or None where the config has it not.
+    text: Any
+    text_decoder: Any
+    contrastive: Any
+    matching: Any
+
+    def __init__(self, config: BlipConfig, rngs: nnx.Rngs):
+        self.config = config
+        image, text = config.image, config.text
+        seen = {"image": image.width, "question": text.width}
+        self.image = ViT(image, rngs)
+        self.text = CrossBert(text, image.width, rngs) if config.encoder else None
+        self.text_decoder = (
+            BertDecoder(text, seen[config.decoder], rngs) if config.decoder else None
+        )
+        if config.shared:
+            self._share()
+        self.contrastive = (
+            ContrastiveHead(
+                image.width,
+                text.width,
+                ContrastiveConfig(
+                    config.embedding_width, scale=config.temperature, temperature=0.07
+                ),
+                rngs,
+            )
+            if config.embedding_width
+            else None
+        )
+        self.matching = MatchingHead(text.width, rngs) if config.matching else None
+
+    def encode_image(
+        self,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Features of pictures (uint8, or float already normalised)."""
+        return self.image(image, key=key)
+
+    def encode_text(
+        self,
+        text: Int[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Features of token ids, which have not seen a picture."""
+        return self._encoder()(text, text_mask, key=key)
+
+    def fuse(
+        self,
+        image: Encoded,
+        text: Int[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Fused:
+        """Features of texts that look at the picture of the same row, from their ids on."""
+        if (token := self.config.pair_token) >= 0:
+            text = text.at[:, 0].set(token)
+        fused = self._encoder()(text, text_mask, image, key=key)
+        return Fused(image_tokens=image.tokens, text_tokens=fused.tokens, pooled=fused.pooled)
+
+    def forward(
+        self,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        text: Int[Array, "batch length"] | None = None,
+        text_mask: Bool[Array, "batch length"] | None = None,
+        decoder_text: Int[Array, "batch decoded"] | None = None,
+        decoder_mask: Bool[Array, "batch decoded"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> dict[str, Any]:
+        """The picture's tokens, `last_hidden_state [B,N,D]`; of texts and heads what there is.
+
+        Of a `text`: `question_embeds [B,L,D]`, its tokens after they have seen the picture;
+        `itm_score [B,2]` of the matching head (the second: they belong together); `image_embeds`,
+        `text_embeds [B,E]` and `logits_per_image [B,B]` of the contrastive head. Of a
+        `decoder_text` the scores `logits [B,A,V]` of the word behind every token. Without a
+        contrastive head `image_embeds` is another name of the picture's tokens.
+        """
+        image_key, fusion_key, text_key, decoder_key = split_key(key, 4)
+        context = seen = self.encode_image(image, image_key)
+        out: dict[str, Any] = {"last_hidden_state": seen.tokens, "image_embeds": seen.tokens}
+        if text is not None:
+            fused = self.fuse(seen, text, text_mask, fusion_key)
+            out["question_embeds"] = fused.text_tokens
+            if self.config.decoder == "question":
+                mask = None if self.config.sees_padding else text_mask
+                context = Encoded(fused.text_tokens, mask, fused.pooled)
+            if self.matching is not None:
+                out["itm_score"] = self.matching(fused.pooled)
+            if self.contrastive is not None:
+                read = self.encode_text(text, text_mask, text_key)
+                out["image_embeds"] = self.contrastive.image(seen.pooled)
+                out["text_embeds"] = self.contrastive.text(read.pooled)
+                out["logits_per_image"] = self.contrastive.logits(
+                    out["image_embeds"], out["text_embeds"]
+                )
+        elif self.config.decoder == "question" and decoder_text is not None:
+            raise InputError("this model answers questions: give the question as 'text'.")
+        if decoder_text is not None:
+            out["logits"] = self.decode(context, decoder_text, decoder_mask, decoder_key)
+        return out
+
+    def decode(
+        self,
+        context: Encoded,
+        decoder_text: Int[Array, "batch decoded"],
+        decoder_mask: Bool[Array, "batch decoded"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Float[Array, "batch decoded words"]:
+        """Scores of the word behind each token; the context is an encoded picture or question."""
+        return self._decoder()(decoder_text, decoder_mask, context, key=key)
+
+    def rank_answers(
+        self,
+        question: Encoded,
+        answers: Int[Array, "answers decoded"],
+        answer_mask: Bool[Array, "answers decoded"],
+        top: int = 128,
+    ) -> tuple[Int[Array, "batch top"], Float[Array, "batch top"]]:
+        """The `top` answers of a list for each question, the best first, and their log p.
+
+        An answer's first word chooses the candidates, all of its words their order.
+        """
+        chosen, _, whole = self._decoder().rank(question, answers, answer_mask, top)
+        order = jnp.argsort(-whole, axis=1)
+        return jnp.take_along_axis(chosen, order, 1), jnp.take_along_axis(whole, order, 1)
+
+    @property
+    def max_length(self) -> int:
+        """The longest text that there are positions for (`mmjax.decoding.Decoder`)."""
+        return self.config.text.max_length
+
+    def generate(
+        self,
+        image: Float[AnyArray, "batch height width 3"] | UInt8[AnyArray, "batch height width 3"],
+        text: Int[AnyArray, "batch length"] | None = None,
+        text_mask: Bool[AnyArray, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+        **options: Any,
+    ) -> Generated:
+        """A caption of each picture, which `text` may begin, or the answer to the question `text`.
+
+        `text` is as a tokenizer gives it, from [CLS] to [SEP] and then padding; of a caption's
+        beginning the first becomes the start token and the last is left out. `options` are fields
+        of `GenerationConfig`.
+        """
+        config = self.config.generation.changed(options)
+        image = jnp.asarray(image)
+        prompt, mask = np.full((len(image), 1), config.start), None
+        if self.config.decoder == "question":
+            if text is None:
+                raise InputError("this model answers questions: give the question as 'text'.")
+            asked = {"text": jnp.asarray(text), "text_mask": text_mask}
+            return generate(self, config, prompt, key=key, image=image, **asked)
+        if text is not None:
+            prompt, mask = _beginning(np.asarray(text), text_mask, config.start)
+        return generate(self, config, prompt, mask, key, image=image)
+
+    def start(
+        self,
+        padding: Int[Array, " batch"],
+        length: int,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        text: Int[Array, "batch text_length"] | None = None,
+        text_mask: Bool[Array, "batch text_length"] | None = None,
+    ) -> Cache:
+        """The cache before the first token (`mmjax.decoding.Decoder`)."""
+        context = self.encode_image(image)
+        if text is not None:
+            fused = self.fuse(context, text, text_mask)
+            # Padding is looked at as well, in the original code and in `transformers`.
+            context = Encoded(fused.text_tokens, None, fused.pooled)
+        return self._decoder().start(padding, length, context)
+
+    def step(
+        self, tokens: Int[Array, "rows tokens"], memory: Cache, at: int | Int[Array, ""]
+    ) -> tuple[Float[Array, "rows words"], Cache]:
+        """Scores of the word behind the last of the next tokens (`mmjax.decoding.Decoder`)."""
+        return self._decoder().step(tokens, memory, at)
+
+    def _share(self) -> None:
+        """The same modules in both, so that there is one parameter, and one gradient, of each."""
+        decoder = self.text_decoder.bert
+        decoder.embeddings = self.text.embeddings
+        decoder.blocks.layers.cross_attention = self.text.blocks.layers.cross_attention
+        decoder.blocks.layers.mlp = self.text.blocks.layers.mlp
+
+    def _encoder(self) -> CrossBert:
+        if self.text is None:
+            raise InputError(
+                "this model encodes no 'text': what its decoder begins with is 'decoder_text'."
+            )
+        return self.text
+
+    def _decoder(self) -> BertDecoder:
+        if self.text_decoder is None:
+            raise InputError("this model has no decoder: config.decoder is ''.")
+        return self.text_decoder
+
+
+def _beginning(
+    text: Int[np.ndarray, "batch length"],
+    mask: Bool[AnyArray, "batch length"] | None,
+    start: int,
+) -> tuple[Int[np.ndarray, "batch prompt"], Bool[np.ndarray, "batch prompt"]]:
+    """Texts with `start` as their first token and without their last, padded on the left."""
+    lengths = np.full(len(text), text.shape[1]) if mask is None else np.asarray(mask).sum(axis=1)
+    if lengths.min() < 2:
+        raise InputError(
+            f"a text to be continued has {lengths.min()} tokens: it comes from [CLS] to [SEP]."
+        )
+    columns = np.arange(lengths.max() - 1) - (lengths.max() - lengths)[:, None]
+    prompt = np.take_along_axis(text, np.maximum(columns, 0), axis=1)
+    return np.where(columns <= 0, start, prompt), columns >= 0

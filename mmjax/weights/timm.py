@@ -1,0 +1,64 @@
+"""ViT as timm names it (ALBEF, BLIP and much else hold such a ViT), and timm's own checkpoints."""
+
+import re
+
+from mmjax.errors import InputError, near_misses
+from mmjax.models.encoders import ImageModel, ImageModelConfig
+from mmjax.models.vit import ViTConfig
+from mmjax.weights.family import Family, Source
+from mmjax.weights.names import Entry, Table, fused_attention, modules, under
+from mmjax.weights.vit import resize_positions
+
+ENCODER: Table = (
+    Entry("class_token", "cls_token", leading=1),
+    Entry("position_embedding", "pos_embed", leading=1, resize=resize_positions),
+    *modules({"patch": "patch_embed.proj", "norm": "norm"}),
+    *fused_attention("blocks/layers/self_attention/attention", "blocks.{n}.attn.qkv"),
+    *under(
+        modules(
+            {
+                "self_attention/norm": "norm1",
+                "self_attention/attention/out": "attn.proj",
+                "mlp/norm": "norm2",
+                "mlp/up": "mlp.fc1",
+                "mlp/down": "mlp.fc2",
+            }
+        ),
+        "blocks/layers/",
+        "blocks.{n}.",
+    ),
+)
+
+# Plain ViT and DeiT: 'vit_base_patch16_224.augreg_in21k' is B/16.
+_ARCHITECTURE = re.compile(r"(?:vit|deit)_([a-z]+)_patch(\d+)_(\d+)(?:_in21k)?(?:\..*)?")
+_LETTERS = {"tiny": "Ti", "small": "S", "base": "B", "large": "L", "huge": "H"}
+
+
+def _read(source: Source) -> ImageModelConfig:
+    name = str(source.json.get("architecture"))
+    found = _ARCHITECTURE.fullmatch(name)
+    if found is None or found[1] not in _LETTERS:
+        known = [f"vit_{size}_patch16_224" for size in _LETTERS]
+        raise InputError(f"{source.origin}: architecture is {name!r}.{near_misses(name, known)}")
+    size, patch, pixels = found.groups()
+    described = source.json.get("pretrained_cfg") or {}
+    height, width = described.get("input_size", [3, int(pixels), int(pixels)])[1:]
+    image = ViTConfig(
+        size=f"{_LETTERS[size]}/{patch}",
+        image_size=(height, width),
+        mean=tuple(described.get("mean", ViTConfig.mean)),
+        std=tuple(described.get("std", ViTConfig.std)),
+    )
+    classes = source.json.get("num_classes", 0) if source.has("head.weight") else 0
+    names = source.json.get("label_names") or [f"LABEL_{i}" for i in range(classes)]
+    return ImageModelConfig(image, tuple(names[:classes]))
+
+
+FAMILY = Family(
+    name="timm",
+    model=ImageModel,
+    config=ImageModelConfig,
+    table=lambda config: (*under(ENCODER, "image/", ""), *modules({"classifier": "head"})),
+    read=_read,
+    is_member=lambda config: False,  # transformers' ViT is written of what was not loaded so
+)
