@@ -159,7 +159,7 @@ def _compare(model: Any, inputs: Inputs, image: str, texts: list[str]) -> str:
         if len(texts) > 1:
             shares = np.asarray(jax.nn.softmax(jnp.asarray(logits)))
             columns["among these"] = [f"{100 * share:.1f} %" for share in shares]
-    if matching := next((out[name] for name in MATCHING if name in out), None):
+    for matching in [out[name] for name in MATCHING if name in out]:
         belongs = np.asarray(jax.nn.softmax(matching))[:, 1]
         columns["belongs to it"] = [f"{100 * share:.1f} %" for share in belongs]
     titles = "  ".join(columns)

@@ -45,14 +45,26 @@ def prompts(rows=3, length=4, seed=0):
 
 
 @cache
-def _log_probabilities(seed, text):
-    logits = decoder(seed)(jnp.asarray([text]))[0, -1]
-    return np.asarray(jax.nn.log_softmax(logits), np.float64)
+def _whole(seed):
+    return jax.jit(decoder(seed))
+
+
+@cache
+def _logits(seed, text):
+    """The text stands in a longer one: what follows is not looked at."""
+    whole = np.zeros((1, SMALL.max_length), np.int32)
+    whole[0, : len(text)] = text
+    return np.asarray(_whole(seed)(whole)[0, len(text) - 1], np.float64)
+
+
+def logits_behind(text, seed=0):
+    """Scores of every word behind a text, all of which is looked at anew."""
+    return _logits(seed, tuple(map(int, text))).copy()
 
 
 def log_probabilities(text, seed=0):
-    """Of every word behind a text, all of which is looked at anew."""
-    return _log_probabilities(seed, tuple(map(int, text)))
+    scores = logits_behind(text, seed)
+    return scores - np.log(np.exp(scores).sum())
 
 
 # ---- searches written out
@@ -62,7 +74,7 @@ def greedy(prompt, config, length, seed=0):
     """One text and its score."""
     text, score = list(prompt), 0.0
     while len(text) < length and not (len(text) > len(prompt) and text[-1] in config.eos_token_id):
-        scores = np.array(decoder(seed)(jnp.asarray([text]))[0, -1], np.float64)
+        scores = logits_behind(text, seed)
         for word in set(text):
             factor = config.repetition_penalty
             scores[word] = scores[word] * factor if scores[word] < 0 else scores[word] / factor

@@ -6,7 +6,9 @@ from typing import Any
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
+from mmjax.errors import InputError
 from mmjax.layers import split_key
+from mmjax.models.bert import BertConfig
 from mmjax.models.encoders import ImageConfig, TextConfig, image_encoder, text_encoder
 from mmjax.models.features import Encoded
 from mmjax.models.heads import ContrastiveConfig, ContrastiveHead, unit
@@ -45,10 +47,15 @@ class TwoTower(Model):
         self,
         text: Int[Array, "batch length"],
         text_mask: Bool[Array, "batch length"] | None = None,
+        text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Encoded:
-        """Features of token ids."""
-        return self.text(text, text_mask, key=key)
+        """Features of token ids; types are for a BERT alone."""
+        if text_type is None:
+            return self.text(text, text_mask, key=key)
+        if not isinstance(self.config.text, BertConfig):
+            raise InputError("this text encoder has no token types: leave text_type out.")
+        return self.text(text, text_mask, text_type, key=key)
 
     def forward(
         self,
@@ -57,6 +64,7 @@ class TwoTower(Model):
         | None = None,
         text: Int[Array, "texts length"] | None = None,
         text_mask: Bool[Array, "texts length"] | None = None,
+        text_type: Int[Array, "texts length"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
         """Of pictures `image_embeds [B,E]`, of texts `text_embeds`, of both `logits_per_image`.
@@ -71,7 +79,7 @@ class TwoTower(Model):
             out["vision_model_output"] = self._describe(encoded, vector, self.config.image)
             out["image_embeds"] = unit(vector)
         if text is not None:
-            encoded = self.encode_text(text, text_mask, text_key)
+            encoded = self.encode_text(text, text_mask, text_type, text_key)
             first = self.config.contrastive.text_token
             vector = self.contrastive.project_text(
                 encoded.tokens[:, 0] if first else encoded.pooled

@@ -51,7 +51,7 @@ class ViltConfig(LayerConfig):
         size, patch = self.image_size, self.patch_size
         if type(size) is not int or not 1 <= patch <= size or size % patch:
             raise InputError(
-                f"image_size is {size}: one number is expected, and a multiple of patch_size, {patch}."
+                f"image_size is {size}: one number is expected, a multiple of patch_size, {patch}."
             )
         if self.labels and self.modalities <= SECOND_PICTURE:
             raise InputError(

@@ -58,19 +58,19 @@ class Features:
     @cached_property
     def image(self) -> Encoded:
         """The pictures, encoded."""
-        return self.model.encode_image(self.batch["image"], self.dropout_key("image"))
+        return self.model.encode_image(self.batch["image"], key=self.dropout_key("image"))
 
     @cached_property
     def text(self) -> Encoded:
         """The texts, encoded."""
         return self.model.encode_text(
-            self.batch["text"], self.batch["text_mask"], self.dropout_key("text")
+            self.batch["text"], self.batch["text_mask"], key=self.dropout_key("text")
         )
 
     @cached_property
     def fused(self) -> Fused:
         """Each picture fused with its own text."""
-        return self.model.fuse(self.image, self.text, self.dropout_key("fusion"))
+        return self.model.fuse(self.image, self.text, key=self.dropout_key("fusion"))
 
     @cached_property
     def image_embedding(self) -> Float[Array, "batch embedding"]:

@@ -53,7 +53,7 @@ def masked_language_objective(
         mask_id=mask_id,
         vocabulary_size=model.config.text.vocabulary_size,
     )
-    encoded = model.encode_text(masked_text, text_mask, features.dropout_key("masked text"))
+    encoded = model.encode_text(masked_text, text_mask, key=features.dropout_key("masked text"))
     fused = model.fuse(features.image, encoded, features.dropout_key("masked fusion"))
     logits = model.masked_language(fused.text_tokens, model.text.embeddings)
     total, weight = weighted(word_loss(logits, text), chosen)

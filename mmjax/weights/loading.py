@@ -204,9 +204,10 @@ def open_source(
             f"{path} is one file, and carries no config: give the folder with its config.json, or "
             "family= and config=."
         )
-    if not any((path / name).exists() for name in (CONFIG, openai_clip.CONFIG)):
-        return _load_checkpoint(str(source))
-    return _open_folder(path)
+    published = any((path / name).exists() for name in (CONFIG, openai_clip.CONFIG))
+    if published and not (path / "checkpoints").is_dir():  # a run's folder has a config.json too
+        return _open_folder(path)
+    return _load_checkpoint(str(source))
 
 
 def _open_folder(folder: Path) -> Opened:

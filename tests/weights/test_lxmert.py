@@ -188,8 +188,8 @@ def test_a_decoder_of_its_own_is_refused(recorded, tmp_path):
         )
 
 
-def test_half_of_the_pretraining_heads_has_no_published_format(tmp_path):
+def test_what_no_class_of_transformers_has_is_saved_under_the_original_names(tmp_path):
     text = StreamConfig(width=8, depth=1, heads=2, vocabulary_size=9, max_length=6)
     model = Lxmert(LxmertConfig(text=text, region_width=4, matching=True), nnx.Rngs(0))
-    with pytest.raises(InputError, match="no published format"):
-        mmjax.save_huggingface(model, tmp_path)
+    assert_saved_whole(model, tmp_path)
+    assert mmjax.load(tmp_path).family == "lxmert-original"
