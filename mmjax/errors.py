@@ -18,7 +18,7 @@ def near_misses(name: str, known: Iterable[str]) -> str:
     >>> near_misses('batchsize', ['batch_size', 'seed'])
     ' Did you mean batch_size?'
     """
-    known = sorted(known)
+    known = sorted(map(str, known))
     close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
     if close:
         return f" Did you mean {' or '.join(close)}?"

@@ -195,8 +195,8 @@ class Albef(Model):
     ) -> tuple[Int[Array, "batch top"], Float[Array, "batch top"]]:
         """The `top` answers of a list for each question, the best first, and their probabilities.
 
-        As published (section 4.3), an answer's first word chooses the candidates. Its log p is then
-        added to that of the whole answer, so that it counts twice.
+        As in the published code, an answer's first word chooses the candidates, and its log p is
+        then added to that of the whole answer: it counts twice.
         """
         chosen, first, whole = self._decoder().rank(question, answers, answer_mask, top)
         probabilities, order = jax.lax.top_k(jax.nn.softmax(first + whole), top)

@@ -24,7 +24,7 @@ from mmjax.models.vit import ViT, ViTConfig
 
 DECODERS = ("", "image", "question")
 # [DEC], [SEP] and [PAD], as published.
-GENERATION = GenerationConfig(bos_token_id=30522, eos_token_id=102, pad_token_id=0)
+GENERATION = GenerationConfig(bos_token_id=30522, eos_token_id=(102,), pad_token_id=0)
 
 
 @dataclass(frozen=True)
@@ -187,21 +187,6 @@ class Blip(Model):
         """Scores of the word behind each token; the context is an encoded picture or question."""
         return self._decoder()(decoder_text, decoder_mask, context, key=key)
 
-    def rank_answers(
-        self,
-        question: Encoded,
-        answers: Int[Array, "answers decoded"],
-        answer_mask: Bool[Array, "answers decoded"],
-        top: int = 128,
-    ) -> tuple[Int[Array, "batch top"], Float[Array, "batch top"]]:
-        """The `top` answers of a list for each question, the best first, and their log p.
-
-        An answer's first word chooses the candidates, all of its words their order.
-        """
-        chosen, _, whole = self._decoder().rank(question, answers, answer_mask, top)
-        order = jnp.argsort(-whole, axis=1)
-        return jnp.take_along_axis(chosen, order, 1), jnp.take_along_axis(whole, order, 1)
-
     @property
     def max_length(self) -> int:
         """The longest text that there are positions for (`mmjax.decoding.Decoder`)."""
@@ -223,7 +208,8 @@ class Blip(Model):
         """
         config = self.config.generation.changed(options)
         image = jnp.asarray(image)
-        prompt, mask = np.full((len(image), 1), config.start), None
+        prompt: Any = jnp.full((len(image), 1), config.start)
+        mask: Any = None
         if self.config.decoder == "question":
             if text is None:
                 raise InputError("this model answers questions: give the question as 'text'.")

@@ -57,14 +57,15 @@ class CrossFusion(nnx.Module):
 
 
 class PairBlock(nnx.Module):
-    """A fusion layer for each of two pictures, which share their keys and values (ALBEF, 4.4)."""
+    """A fusion layer for each of two pictures, which share their keys and values (ALBEF, section 5)."""
 
     def __init__(self, config: LayerConfig, rngs: nnx.Rngs, context_width: int):
-        self.first: Any = Block(config, rngs, cross=True, context_width=context_width)
-        self.second: Any = Block(config, rngs, cross=True, context_width=context_width)
-        shared = self.first.cross_attention.attention
-        self.second.cross_attention.attention.key = shared.key
-        self.second.cross_attention.attention.value = shared.value
+        self.first = Block(config, rngs, cross=True, context_width=context_width)
+        self.second = Block(config, rngs, cross=True, context_width=context_width)
+        first, second = self.first.cross_attention, self.second.cross_attention
+        assert first is not None
+        assert second is not None
+        second.attention.key, second.attention.value = first.attention.key, first.attention.value
 
     def __call__(
         self,

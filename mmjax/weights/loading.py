@@ -194,7 +194,8 @@ def open_source(
     """What lies at `source`: weights of a family, or a model of our own from its checkpoint."""
     path = resolve(str(source))
     if family:
-        chosen = _named(family, f"family={family!r}")
+        original = f"{family}-original"  # the name alone is that of its class in transformers
+        chosen = _named(original if original in FAMILIES else family, f"family={family!r}")
         built = configuration.build(chosen.config, dict(config or {}), "config")
         return Opened(chosen, built, open_tensors(path))
     if config is not None:
@@ -215,11 +216,13 @@ def _open_folder(folder: Path) -> Opened:
     if (path := folder / openai_clip.CONFIG).exists():
         tensors = open_tensors(folder)
         if openai_clip.is_named_so(tensors):
-            config = openai_clip.read(Source(read_json(path), list(tensors), str(path)))
+            described = Source(read_json(path), list(tensors), str(path))
+            config = _reading(openai_clip.read, described)
             return Opened(openai_clip.FAMILY, config, tensors)
     description = read_json(folder / CONFIG)
     origin = str(folder / CONFIG)
-    kind = description.get("model_type", "")
+    # timm's config.json speaks of an architecture instead.
+    kind = description.get("model_type") or ("timm" if "architecture" in description else "")
     family = _named(kind, f"{origin}: model_type {kind!r}")
     tensors = open_tensors(folder)
     if "mmjax" in description:
@@ -230,8 +233,18 @@ def _open_folder(folder: Path) -> Opened:
             "family= and config=."
         )
     else:
-        config = family.read(Source(description, list(tensors), origin))
+        config = _reading(family.read, Source(description, list(tensors), origin))
     return Opened(family, _with_statistics(config, folder / PREPROCESSOR), tensors)
+
+
+def _reading(read: Callable[[Source], Any], source: Source) -> Any:
+    """What a family makes of a config.json; what its dataclasses refuse is told with the file."""
+    try:
+        return read(source)
+    except InputError as error:
+        if source.origin in str(error):
+            raise
+        raise InputError(f"{source.origin}: {error}") from None
 
 
 def _named(name: str, what: str) -> Family:

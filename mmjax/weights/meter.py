@@ -38,7 +38,7 @@ FUSION: Table = modules(
         "image_pooler": "cross_modal_image_pooler.dense",
     }
 )
-_CLASSIFIER: Table = modules({"hidden": "0", "norm": "1", "classifier": "3"})
+CLASSIFIER: Table = modules({"hidden": "0", "norm": "1", "classifier": "3"})
 
 
 def _table(config: Any) -> Table:
@@ -50,9 +50,9 @@ def _table(config: Any) -> Table:
         *under(stream("image"), "fusion/blocks/layers/", "cross_modal_image_layers.{n}."),
         *modules({"matching/classifier": "itm_score.fc", "ranking": "rank_output"}),
         *under(MASKED_LANGUAGE, "masked_language/", "mlm_score."),
-        *under(_CLASSIFIER, "answering/", "vqa_classifier."),
-        *under(_CLASSIFIER, "reasoning/", "nlvr2_classifier."),
-        *under(_CLASSIFIER, "entailment/", "snli_classifier."),
+        *under(CLASSIFIER, "answering/", "vqa_classifier."),
+        *under(CLASSIFIER, "reasoning/", "nlvr2_classifier."),
+        *under(CLASSIFIER, "entailment/", "snli_classifier."),
     )
 
 

@@ -53,7 +53,6 @@ _CLASSES = {
     "labels": "ViltForImagesAndTextClassification",
 }
 _POSITIONS = "image_embeddings/position_embedding"
-_CLASSIFIER: Table = modules({"hidden": "0", "norm": "1", "classifier": "3"})
 
 
 def _read(source: Source) -> ViltConfig:
@@ -116,8 +115,8 @@ def _table(config: ViltConfig) -> Table:
         Entry("masked_language/bias", "mlm_score.decoder.bias", resize=bert.resize_rows),
         *under(meter.MASKED_LANGUAGE, "masked_language/", "mlm_score."),
         *modules({"ranking": "rank_output"}),
-        *under(_CLASSIFIER, "answering/", "classifier."),
-        *under(_CLASSIFIER, "reasoning/", "classifier."),
+        *under(meter.CLASSIFIER, "answering/", "classifier."),
+        *under(meter.CLASSIFIER, "reasoning/", "classifier."),
     )
 
 
@@ -129,8 +128,8 @@ _ORIGINAL: Table = (
     *modules({"modality_embedding": "token_type_embeddings", "fusion/pooler": "pooler.dense"}),
     *under(meter.MASKED_LANGUAGE, "masked_language/", "mlm_score."),
     *modules({"matching/classifier": "itm_score.fc", "ranking": "rank_output"}),
-    *under(_CLASSIFIER, "answering/", "vqa_classifier."),
-    *under(_CLASSIFIER, "reasoning/", "nlvr2_classifier."),
+    *under(meter.CLASSIFIER, "answering/", "vqa_classifier."),
+    *under(meter.CLASSIFIER, "reasoning/", "nlvr2_classifier."),
 )
 
 FAMILY = Family(

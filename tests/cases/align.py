@@ -43,6 +43,7 @@ def _with_rows(outputs):
 CASES = (
     Case(
         name="align",
+        recorded=True,
         kind="AlignModel",
         config=lambda t: t.AlignConfig(
             text_config={**LAYERS, "vocab_size": 20, "max_position_embeddings": 12},
@@ -70,7 +71,6 @@ CASES = (
             width_coefficient=0.25, depth_coefficient=0.5, hidden_dim=64
         ),
         inputs=lambda rng: {"image": pictures(rng, height=64, width=64)},
-        outputs=in_rows,
-        recorded=False,  # too large, and `align` holds such an encoder
+        outputs=in_rows,  # too large, and `align` holds such an encoder
     ),
 )

@@ -11,6 +11,7 @@ def _with_types(rng):
 CASES = (
     Case(
         name="bert",
+        recorded=True,
         kind="BertModel",
         config=lambda t: t.BertConfig(**LAYERS, vocab_size=20, max_position_embeddings=12),
         inputs=texts,
@@ -26,10 +27,10 @@ CASES = (
             layer_norm_eps=1e-6,
         ),
         inputs=_with_types,
-        recorded=False,
     ),
     Case(
         name="bert-masked",
+        recorded=True,
         kind="BertForMaskedLM",
         config=lambda t: t.BertConfig(
             **LAYERS, vocab_size=20, max_position_embeddings=12, hidden_act="gelu_new"
@@ -43,6 +44,5 @@ CASES = (
         inputs=_with_types,
         # The masked words' scores have one name here, whatever stands beside them.
         outputs=lambda out: {("logits" if k == "prediction_logits" else k): out[k] for k in out},
-        recorded=False,
     ),
 )

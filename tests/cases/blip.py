@@ -78,6 +78,7 @@ def _with_logits(model, **arguments):
 CASES = (
     Case(
         name="blip",
+        recorded=True,
         kind="BlipForImageTextRetrieval",
         config=_config(),
         inputs=_pairs,
@@ -87,7 +88,6 @@ CASES = (
         kind="BlipForImageTextRetrieval",
         config=_config(**UNCOMMON),
         inputs=_uncommon_pairs,
-        recorded=False,
     ),
     Case(
         name="blip-contrastive",
@@ -97,10 +97,10 @@ CASES = (
         theirs=_cosines,
         # Without its matching head the class gives cosines that name.
         outputs=lambda out: {"logits_per_image": out["itm_score"]},
-        recorded=False,
     ),
     Case(
         name="blip-captioning",
+        recorded=True,
         kind="BlipForConditionalGeneration",
         config=_config(),
         inputs=_captions,
@@ -112,10 +112,10 @@ CASES = (
         config=_config(**UNCOMMON),
         inputs=lambda rng: _captions(rng, batch=3, height=24, width=24),
         theirs=_caption_names,
-        recorded=False,
     ),
     Case(
         name="blip-answering",
+        recorded=True,
         kind="BlipForQuestionAnswering",
         config=_config(),
         inputs=_questions,
@@ -138,6 +138,5 @@ CASES = (
         inputs=lambda rng: _questions(rng, batch=3, height=24, width=24),
         theirs=_question_names,
         call=_with_logits,
-        recorded=False,
     ),
 )

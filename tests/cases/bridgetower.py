@@ -3,7 +3,7 @@ from functools import partial
 from tests.cases.case import LAYERS, UNCOMMON_LAYERS, Case, pictures, texts
 
 # None is among the goldens: an image encoder there has heads of 64 features, whatever its config.
-_Case = partial(Case, recorded=False)
+_Case = partial(Case)
 
 TEXT = {"vocab_size": 20, "max_position_embeddings": 12}
 

@@ -49,7 +49,7 @@ class Case:
     theirs: Callable[[Inputs], Inputs] = renamed
     call: Callable[..., Mapping[str, Any]] = lambda model, **arguments: model(**arguments)
     outputs: Callable[[dict[str, Any]], dict[str, Any]] = lambda outputs: outputs
-    recorded: bool = True
+    recorded: bool = False
 
 
 def pictures(

@@ -43,6 +43,7 @@ def _in_patches(inputs):
 CASES = (
     Case(
         name="clip",
+        recorded=True,
         kind="CLIPModel",
         config=lambda t: t.CLIPConfig(
             text_config={**LAYERS, **TEXT, "eos_token_id": 19},
@@ -60,10 +61,10 @@ CASES = (
             projection_dim=10,
         ),
         inputs=_ended_pairs,
-        recorded=False,
     ),
     Case(
         name="siglip",
+        recorded=True,
         kind="SiglipModel",
         config=lambda t: t.SiglipConfig(
             text_config={**LAYERS, **TEXT}, vision_config={**LAYERS, **IMAGE}
@@ -72,6 +73,7 @@ CASES = (
     ),
     Case(
         name="siglip2",
+        recorded=True,
         kind="Siglip2Model",
         config=lambda t: t.Siglip2Config(
             text_config={**UNCOMMON_LAYERS, **TEXT},
@@ -82,6 +84,7 @@ CASES = (
     ),
     Case(
         name="vision-text-dual-encoder",
+        recorded=True,
         kind="VisionTextDualEncoderModel",
         config=lambda t: t.VisionTextDualEncoderConfig.from_vision_text_configs(
             t.ViTConfig(**LAYERS, **IMAGE),

@@ -55,13 +55,13 @@ def _pretrained(name, inputs):
         inputs=inputs,
         theirs=_without_loss,
         outputs=_once,
-        recorded=False,
     )
 
 
 CASES = (
     Case(
         name="flava",
+        recorded=True,
         kind="FlavaModel",
         config=lambda t: t.FlavaConfig(
             image_config={**LAYERS, **IMAGE},
@@ -101,7 +101,6 @@ CASES = (
         ),
         inputs=_hidden,
         theirs=_named,
-        recorded=False,
     ),
     _pretrained("", _pairs),
     _pretrained("-texts", texts),

@@ -30,7 +30,7 @@ def _captions(rng):
     }
 
 
-def _captioner(name, image, text):
+def _captioner(name, image, text, **options):
     return Case(
         name=name,
         kind="VisionEncoderDecoderModel",
@@ -39,12 +39,14 @@ def _captioner(name, image, text):
         ),
         inputs=_captions,
         theirs=lambda inputs: renamed(inputs, NAMES),
+        **options,
     )
 
 
 CASES = (
     Case(
         name="gpt2",
+        recorded=True,
         kind="GPT2LMHeadModel",
         config=lambda t: t.GPT2Config(**DECODER),
         inputs=texts,
@@ -54,8 +56,7 @@ CASES = (
         kind="GPT2LMHeadModel",
         config=lambda t: t.GPT2Config(**UNCOMMON_DECODER),
         inputs=lambda rng: texts(rng, batch=3, length=10, words=23),
-        recorded=False,
     ),
-    _captioner("captioner", LAYERS, DECODER),
+    _captioner("captioner", LAYERS, DECODER, recorded=True),
     _captioner("captioner-projection", UNCOMMON_LAYERS, UNCOMMON_DECODER),
 )

@@ -69,7 +69,7 @@ def _case(name, kind, config, inputs, **options):
 CASES = (
     _case("lxmert", "LxmertModel", SMALL, _inputs),
     _case("lxmert-masked", "LxmertModel", UNCOMMON, _masked),
-    _case("lxmert-answering", "LxmertForQuestionAnswering", SMALL, _inputs),
+    _case("lxmert-answering", "LxmertForQuestionAnswering", SMALL, _inputs, recorded=True),
     _case("lxmert-pretraining", "LxmertForPreTraining", SMALL, _masked),
     _case(
         "lxmert-pretraining-without-answers",

@@ -16,6 +16,7 @@ def in_rows(outputs):
 CASES = (
     Case(
         name="resnet",
+        recorded=True,
         kind="ResNetModel",
         config=lambda t: t.ResNetConfig(embedding_size=8, hidden_sizes=[16, 24], depths=[2, 3]),
         inputs=lambda rng: {"image": pictures(rng, height=24, width=24)},

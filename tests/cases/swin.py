@@ -3,6 +3,7 @@ from tests.cases.case import Case, pictures
 CASES = (
     Case(
         name="swin",
+        recorded=True,
         kind="SwinModel",
         config=lambda t: t.SwinConfig(
             image_size=16, patch_size=2, embed_dim=8, depths=[2, 2], num_heads=[2, 4], window_size=2

@@ -70,10 +70,10 @@ CASES = (
         theirs=_masked,
         # Patches are shuffled there; the words' states are compared by their scores below.
         outputs=lambda out: {"pooler_output": out["pooler_output"]},
-        recorded=False,
     ),
     Case(
         name="vilt-masked",
+        recorded=True,
         kind="ViltForMaskedLM",
         config=lambda t: t.ViltConfig(**UNCOMMON_LAYERS, **UNCOMMON_SIZES),
         inputs=_padded,
@@ -84,7 +84,6 @@ CASES = (
         kind="ViltForQuestionAnswering",
         config=lambda t: t.ViltConfig(**LAYERS, **SIZES, num_labels=3),
         inputs=lambda rng: texts(rng) | {"image": pictures(rng)},
-        recorded=False,
     ),
     Case(
         name="vilt-retrieval",
@@ -92,7 +91,6 @@ CASES = (
         config=lambda t: t.ViltConfig(**LAYERS, **UNCOMMON_SIZES),
         inputs=_padded,
         theirs=_masked,
-        recorded=False,
     ),
     Case(
         name="vilt-reasoning",
@@ -102,6 +100,5 @@ CASES = (
         ),
         inputs=_two_pictures,
         theirs=_stacked,
-        recorded=False,
     ),
 )

@@ -61,6 +61,7 @@ CASES = (
         "VisualBertForQuestionAnswering",
         {**UNCOMMON, "num_labels": 5},
         _masked,
+        recorded=True,
     ),
     _case("visualbert-reasoning", "VisualBertForVisualReasoning", SMALL, _inputs),
     _case(

@@ -3,6 +3,7 @@ from tests.cases.case import LAYERS, UNCOMMON_LAYERS, Case, pictures
 CASES = (
     Case(
         name="vit",
+        recorded=True,
         kind="ViTModel",
         config=lambda t: t.ViTConfig(**LAYERS, image_size=16, patch_size=8),
         inputs=lambda rng: {"image": pictures(rng)},
@@ -19,10 +20,10 @@ CASES = (
             layer_norm_eps=1e-5,
         ),
         inputs=lambda rng: {"image": pictures(rng, batch=3, height=16, width=24)},
-        recorded=False,
     ),
     Case(
         name="vit-classifier",
+        recorded=True,
         kind="ViTForImageClassification",
         config=lambda t: t.ViTConfig(**LAYERS, image_size=16, patch_size=8, num_labels=3),
         inputs=lambda rng: {"image": pictures(rng)},

@@ -80,25 +80,16 @@ def test_the_layers_do_as_the_paper_says(norm):
     read = model.encode_text(inputs["text"], inputs["text_mask"])
     fused = model.fuse(seen, read)
     params = nnx.to_pure_dict(nnx.state(model.fusion))
-    layer = jax.tree.map(lambda x: np.asarray(x[0], np.float64), params["blocks"]["layers"])
-    x, mask = np.asarray(read.tokens, np.float64), np.asarray(inputs["text_mask"])
-
-    def residual(x, part, function):
-        normed = lambda x: reference.layer_norm(x, part["norm"], config.text.epsilon)  # noqa: E731
-        return x + function(normed(x)) if norm == "pre" else normed(x + function(x))
-
-    def attend(part, context=None, mask=None):
-        attention = part["attention"]
-        return lambda x: reference.multi_head(x, x if context is None else context, attention, mask)
-
-    def mlp(x):
-        up = reference.gelu(reference.dense(x, layer["mlp"]["up"]))
-        return reference.dense(up, layer["mlp"]["down"])
-
-    own, cross = layer["self_attention"], layer["cross_attention"]
-    x = residual(x, own, attend(own, mask=mask))
-    x = residual(x, cross, attend(cross, np.asarray(seen.tokens, np.float64)))
-    x = residual(x, layer["mlp"], mlp)
+    layer = reference.layers_of(reference.in_float64(params["blocks"]), 1)[0]
+    x, image = (np.asarray(encoded.tokens, np.float64) for encoded in (read, seen))
+    mask, cross = np.asarray(inputs["text_mask"]), layer["cross_attention"]
+    x = reference.attention_sublayer(x, None, layer["self_attention"], mask, config.text)
+    if norm == "post":
+        x = reference.attention_sublayer(x, image, cross, None, config.text)
+    else:
+        normed = reference.layer_norm(x, cross["norm"], config.text.epsilon)
+        x = x + reference.multi_head(normed, image, cross["attention"], None)
+    x = reference.mlp_sublayer(x, layer["mlp"], config.text)
     if norm == "pre":
         x = reference.layer_norm(x, params["norm"], config.text.epsilon)
     np.testing.assert_allclose(fused.text_tokens, x, atol=1e-5)
@@ -133,6 +124,7 @@ def test_shared_keys_have_one_gradient():
     def loss(params):
         return nnx.merge(graph, params)(**inputs)["nlvr_logits"][:, 1].sum()
 
+    loss = jax.jit(loss)
     gradient = jax.jit(jax.grad(loss))(params)
     path = ("fusion", "blocks", "layers", "first", "cross_attention", "attention", "value")
     direction = jax.tree.map(jnp.zeros_like, params)
@@ -168,10 +160,10 @@ def test_the_best_answer_is_found():
         model.encode_text(inputs["text"], inputs["text_mask"]),
     )
     context = as_context(fused, inputs["text_mask"])
-    scores = np.zeros((3, len(answers)))
+    scores, decode = np.zeros((3, len(answers))), jax.jit(model.decode)
     for i, (answer, kept) in enumerate(zip(answers, mask, strict=True)):
         text = jnp.asarray(np.tile(answer, (3, 1)))
-        log_p = jax.nn.log_softmax(model.decode(context, text))
+        log_p = jax.nn.log_softmax(decode(context, text))
         first, second = log_p[:, 0, answer[1]], log_p[:, 1, answer[2]]
         scores[:, i] = 2 * first + (second if kept[2] else 0)
     expected = np.argsort(-scores, axis=1)
