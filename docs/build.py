@@ -12,19 +12,29 @@ import argparse
 import dataclasses
 import inspect
 import json
+import math
 import re
 import sys
 import typing
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from mmjax.evaluation.report import format_value, read_report, sources
 from mmjax.weights.families import FAMILIES
+from mmjax.weights.family import Source
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
 DOCUMENTS = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "models.md")
 PARITY = DOCS / "parity.json"
+
+# Families that an empty config.json describes.
+SIZED = (
+    *("vit", "swin", "resnet", "bert", "gpt2", "clip", "siglip", "align"),
+    *("lxmert", "bridgetower", "visual_bert", "vilt", "flava"),
+)
 
 # What the README shows of a report: metric, what to call it, and the metric beside it.
 HEADLINES = {
@@ -92,18 +102,40 @@ def parity_table(_: str) -> str:
     return "\n".join(lines)
 
 
-def fields_table(name: str) -> str:
-    """The fields of a config dataclass: name, default, and the comment beside it."""
-    cls = next(cls for cls in config_classes() if cls.__name__ == name)
-    rows = {}
-    for owner in reversed(cls.__mro__[:-1]):  # a subclass may change a default
+def sizes_table(_: str) -> str:
+    """Parameters at the configuration of an empty config.json, without heads."""
+    lines = ["| family | parameters |", "|---|---|"]
+    for name in SIZED:
+        family = FAMILIES[name]
+        assert family.read is not None
+        config = family.read(Source({}, [], "config.json"))
+        count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(family.abstract(config)))
+        lines.append(f"| {name} | {count / 1e6:.0f} M |")
+    return "\n".join(lines)
+
+
+def fields_tables(_: str) -> str:
+    """The fields of every config dataclass: name, default, and the comment beside it."""
+    return "\n\n".join(_fields_table(cls) for cls in config_classes())
+
+
+def _fields_table(cls: type) -> str:
+    comments = {}
+    for owner in reversed(cls.__mro__[:-1]):
         for line in inspect.getsource(owner).splitlines():
-            found = re.match(r"    (\w+): (.+?)(?: = (.+?))?(?:  # (.*))?$", line)
-            if found and found[1] in {field.name for field in dataclasses.fields(cls)}:
-                comment = found[4] or rows.get(found[1], ("", ""))[1]
-                rows[found[1]] = (f"`{found[3]}`" if found[3] else "required", comment)
-    lines = [f"| `{field}` | {default} | {comment} |" for field, (default, comment) in rows.items()]
-    return "\n".join(["| field | default | |", "|---|---|---|", *lines])
+            if found := re.match(r"    (\w+): ([^=#]+?)(?: = .+?)?(?:  # (.*))?$", line):
+                kept = comments.get(found[1], ("", ""))[1]
+                comments[found[1]] = (found[2], found[3] or kept)
+    lines = [f"**{cls.__name__}**\n", "| field | type | default | |", "|---|---|---|---|"]
+    for field in dataclasses.fields(cls):
+        default = f"`{field.default!r}`"
+        if field.default is dataclasses.MISSING:
+            has_default = field.default_factory is not dataclasses.MISSING
+            default = "its own defaults" if has_default else "required"
+        kind, comment = comments[field.name]
+        kind = kind.replace("|", "or")
+        lines.append(f"| `{field.name}` | {kind} | {default} | {comment} |")
+    return "\n".join(lines)
 
 
 def config_classes() -> list[type]:
@@ -123,8 +155,7 @@ def rebuilt(text: str) -> str:
     """A document with its generated parts made anew."""
     parts = {f"headline:{name}": headline_table for name in HEADLINES}
     parts |= {f"table:{path.stem}": full_table for path in RESULTS.glob("*.json")}
-    parts |= {f"fields:{cls.__name__}": fields_table for cls in config_classes()}
-    parts |= {"parity:all": parity_table}
+    parts |= {"parity:all": parity_table, "sizes:all": sizes_table, "fields:all": fields_tables}
     for marker, make in parts.items():
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
         if not re.search(pattern, text, flags=re.DOTALL):

@@ -1,6 +1,7 @@
 """What a model offers to generate texts, and what is generated."""
 
-from typing import Any, NamedTuple, Protocol, Self
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -11,27 +12,30 @@ class Memory(Protocol):
     `mmjax.decoding.cache` has one for stacks of `Block`s.
     """
 
-    def repeated(self, beams: int) -> Self:
+    def repeated(self, beams: int) -> "Memory":
         """`beams` rows of text in succession for each that there is."""
         ...
 
-    def reordered(self, beams: Int[Array, "batch beams"]) -> Self:
+    def reordered(self, beams: Int[Array, "batch beams"]) -> "Memory":
         """The rows of every example picked anew, by their number among its beams."""
         ...
 
 
+@runtime_checkable
 class Decoder(Protocol):
-    """A model that writes a text from left to right, all rows of a batch in step."""
+    """A model, an `nnx.Module`, that writes texts from left to right, all rows in step."""
 
     @property
     def max_length(self) -> int:
         """The longest text it has positions for."""
         ...
 
-    def start(self, padding: Int[Array, " batch"], length: int, **inputs: Any) -> Memory:
-        """The memory before the first token of texts of at most `length` about `inputs`.
+    @property
+    def start(self) -> Callable[..., Any]:
+        """`start(padding, length, **inputs)`, the memory before the first token.
 
-        `padding` is how many tokens on the left of each text are none.
+        The texts have at most `length` tokens, of which `padding [B]` on the left are none, and are
+        about the `inputs`.
         """
         ...
 

@@ -15,12 +15,14 @@ from mmjax.decoding.decoder import Decoder, Generated
 from mmjax.decoding.scores import constrain, sharpen
 from mmjax.errors import InputError
 
+AnyArray = jax.Array | np.ndarray
+
 
 def generate(
     model: Decoder,
     config: GenerationConfig,
-    prompt: Int[Array, "batch length"],
-    mask: Bool[Array, "batch length"] | None = None,
+    prompt: Int[AnyArray, "batch length"],
+    mask: Bool[AnyArray, "batch length"] | None = None,
     key: Key[Array, ""] | None = None,
     **inputs: Any,
 ) -> Generated:
@@ -40,11 +42,11 @@ def generate(
     """
     if config.do_sample != (key is not None):
         raise InputError("do_sample=True draws from a key: give both, or neither.")
-    prompt = jnp.asarray(prompt, jnp.int32)
-    length = config.length(prompt.shape[1], model.max_length)
+    ids = jnp.asarray(prompt, jnp.int32)
+    length = config.length(ids.shape[1], model.max_length)
     graph, params = nnx.split(model)
     found, written = _run(
-        graph, params, prompt, _padding(prompt, mask), inputs, key, config=config, length=length
+        graph, params, ids, _padding(ids, mask), inputs, key, config=config, length=length
     )
     return found._replace(tokens=found.tokens[:, : int(written)])
 
@@ -113,15 +115,15 @@ def _search(
 
 
 def _padding(
-    prompt: Int[Array, "batch length"], mask: Bool[Array, "batch length"] | None
+    prompt: Int[Array, "batch length"], mask: Bool[AnyArray, "batch length"] | None
 ) -> Int[np.ndarray, " batch"]:
     """The number of tokens on the left of each prompt that are padding."""
     if mask is None:
         return np.zeros(len(prompt), np.int32)
-    mask = np.asarray(mask, bool)
-    if not mask[:, -1].all() or (np.diff(mask.astype(int), axis=1) < 0).any():
+    is_padding = ~np.asarray(mask, bool)
+    if is_padding[:, -1].any() or (is_padding[:, 1:] > is_padding[:, :-1]).any():
         raise InputError(
             "a prompt that is continued has its padding on the left, and its mask says otherwise: "
             "pad there."
         )
-    return (~mask).sum(axis=1).astype(np.int32)
+    return is_padding.sum(axis=1).astype(np.int32)

@@ -4,6 +4,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from flax import nnx
+
 from mmjax.models.model import Model
 from mmjax.weights.names import Table
 
@@ -53,3 +55,8 @@ class Family:
     def tied_in(self, config: Any) -> Mapping[str, str]:
         """The repeated tensors of a model with that config."""
         return self.tied(config) if callable(self.tied) else self.tied
+
+    def abstract(self, config: Any) -> Any:
+        """Shapes and types of the parameters of a model with that config, a nested dict."""
+        model = nnx.eval_shape(lambda: self.model(config, nnx.Rngs(0)))
+        return nnx.to_pure_dict(nnx.state(model))

@@ -76,7 +76,7 @@ class Opened:
 
     def build(self, *, strict: bool = True, resize: bool = False) -> Model:
         """The model with these weights; see `load`."""
-        abstract = self._abstract()
+        abstract = self.family.abstract(self.config)
         matched = Matched(pairs_of(self.family.table(self.config), abstract), self, resize)
         matched.check(strict)
         values = matched.read()
@@ -85,15 +85,6 @@ class Opened:
             values |= {path: value for path, value in by_path(fresh).items() if path in missing}
         tree = jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract)
         return _with_parameters(self.family.model, self.config, tree, self.family.name)
-
-    def matched(self) -> "Matched":
-        """Every parameter beside the tensors that it comes from."""
-        return Matched(pairs_of(self.family.table(self.config), self._abstract()), self)
-
-    def _abstract(self) -> Any:
-        """Shapes of the parameters."""
-        model = nnx.eval_shape(lambda: self.family.model(self.config, nnx.Rngs(0)))
-        return nnx.to_pure_dict(nnx.state(model))
 
 
 class Matched:
