@@ -70,16 +70,21 @@ def log_probabilities(text, seed=0):
 # ---- searches written out
 
 
+def constrained(scores, text, config):
+    """Scores behind a text, with the penalty of repetition and without an end too early."""
+    for word in set(text):
+        factor = config.repetition_penalty
+        scores[word] = scores[word] * factor if scores[word] < 0 else scores[word] / factor
+    if len(text) < config.min_length:
+        scores[list(config.eos_token_id)] = -np.inf
+    return scores
+
+
 def greedy(prompt, config, length, seed=0):
     """One text and its score."""
     text, score = list(prompt), 0.0
     while len(text) < length and not (len(text) > len(prompt) and text[-1] in config.eos_token_id):
-        scores = logits_behind(text, seed)
-        for word in set(text):
-            factor = config.repetition_penalty
-            scores[word] = scores[word] * factor if scores[word] < 0 else scores[word] / factor
-        if len(text) < config.min_length:
-            scores[list(config.eos_token_id)] = -np.inf
+        scores = constrained(logits_behind(text, seed), text, config)
         text.append(int(scores.argmax()))
         score += scores[text[-1]] - np.log(np.exp(scores).sum())
     return text, score
@@ -112,7 +117,7 @@ def beam_search(prompt, config, length, seed=0):
         grown = [
             (score + step, [*text, word])
             for score, text in running
-            for word, step in enumerate(log_probabilities(text, seed))
+            for word, step in enumerate(constrained(log_probabilities(text, seed), text, config))
         ]
         grown = sorted(grown, reverse=True)[: beams * (1 + len(ends))]
         new = len(grown[0][1]) - len(prompt)
@@ -180,13 +185,18 @@ def test_a_wide_beam_finds_the_best_of_all():
 @pytest.mark.parametrize("early", [False, True, "never"])
 @pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.5])
 def test_beams_are_searched_as_lists_are(early, penalty):
-    for beams, ends in ((2, (3,)), (4, (2, 3, 5))):
+    for beams, ends, constraints in (
+        (2, (3,), {}),
+        (4, (2, 3, 5), {}),
+        (3, (3, 5), {"min_length": 8, "repetition_penalty": 1.4}),
+    ):
         config = GenerationConfig(
             num_beams=beams,
             max_length=11,
             eos_token_id=ends,
             length_penalty=penalty,
             early_stopping=early,
+            **constraints,
         )
         for seed in range(2):
             found = generate(decoder(seed), config, prompts(5))
@@ -391,6 +401,8 @@ def test_options_that_cannot_be_followed_are_refused(options, words):
 def test_other_bad_input_is_refused():
     with pytest.raises(InputError, match="key"):
         generate(decoder(), GenerationConfig(), prompts(), key=jax.random.key(0))
+    with pytest.raises(InputError, match="prompt is empty"):
+        generate(decoder(), GenerationConfig(), prompts(2, 0))
     for mask in ([[True, True, False]], [[True, False, True]]):
         with pytest.raises(InputError, match="on the left"):
             generate(decoder(), GenerationConfig(), prompts(1, 3), np.array(mask))

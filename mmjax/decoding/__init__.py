@@ -3,6 +3,6 @@
 from mmjax.decoding.cache import Cache
 from mmjax.decoding.config import GenerationConfig
 from mmjax.decoding.decoder import Decoder, Generated
-from mmjax.decoding.generate import generate
+from mmjax.decoding.search import generate
 
 __all__ = ["Cache", "Decoder", "Generated", "GenerationConfig", "generate"]

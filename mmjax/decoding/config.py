@@ -14,8 +14,8 @@ _DEFAULT_NEW_TOKENS = 20
 class GenerationConfig:
     """How to continue a prompt. A model carries one as its default, a call changes what it names.
 
-    The fields are keys of a `generation_config.json` (docs/models.md says which of them are left
-    out). Lengths count the prompt and its padding as well, but for `max_new_tokens`.
+    The fields are keys of a `generation_config.json`; `mmjax.weights.generation` lists those that
+    are left out. Lengths count the prompt and its padding as well, but for `max_new_tokens`.
     """
 
     max_length: int | None = None  # where nothing is given, 20 tokens follow the prompt
@@ -87,8 +87,10 @@ class GenerationConfig:
     def length(self, prompt: int, positions: int) -> int:
         """How long texts may become, with a prompt of so many tokens, for so many positions.
 
-        Raises InputError where that leaves nothing to generate.
+        Raises InputError where that leaves nothing to generate, or there is nothing to start from.
         """
+        if not prompt:
+            raise InputError("the prompt is empty: start it with a token, as bos_token_id.")
         if self.max_new_tokens is not None:
             length = prompt + self.max_new_tokens
         elif self.max_length is not None:

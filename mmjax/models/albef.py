@@ -93,7 +93,7 @@ class Albef(Model):
             if config.decoder_depth
             else None
         )
-        self.classifier = (
+        self.pair_classifier = (
             FusedClassifier(width, len(config.labels), text.dtype, rngs) if config.labels else None
         )
         self.text_assignment = linear(width, 3, "float32", rngs) if config.text_assignment else None
@@ -166,9 +166,9 @@ class Albef(Model):
             out["itm_logits"] = self.matching(fused.pooled)
         if self.masked_language is not None:
             out["mlm_logits"] = self.masked_language(fused.text_tokens, self.text.embeddings)
-        if self.classifier is not None:
+        if self.pair_classifier is not None:
             name = "nlvr_logits" if self.config.pictures == 2 else "ve_logits"
-            out[name] = self.classifier(fused.pooled)
+            out[name] = self.pair_classifier(fused.pooled)
         if self.text_assignment is not None:
             out["ta_logits"] = self.text_assignment(fused.pooled)
         if decoder_text is not None:

@@ -57,7 +57,7 @@ class CrossFusion(nnx.Module):
 
 
 class PairBlock(nnx.Module):
-    """A fusion layer for each of two pictures, which share their keys and values (ALBEF, section 5)."""
+    """A fusion layer for each of two pictures, with the same keys and values (ALBEF, section 5)."""
 
     def __init__(self, config: LayerConfig, rngs: nnx.Rngs, context_width: int):
         self.first = Block(config, rngs, cross=True, context_width=context_width)

@@ -58,8 +58,8 @@ def _table(config: AlbefConfig) -> Table:
                 "contrastive/image_projection": "vision_proj",
                 "contrastive/text_projection": "text_proj",
                 "matching/classifier": "itm_head",
-                "classifier/hidden": "cls_head.0",
-                "classifier/classifier": "cls_head.2",
+                "pair_classifier/hidden": "cls_head.0",
+                "pair_classifier/classifier": "cls_head.2",
                 "text_assignment": "ta_head",
             }
         ),

@@ -9,6 +9,8 @@ from tests.cases import gpt2
 from tests.cases.case import LAYERS, UNCOMMON_LAYERS, Case, pictures
 from tests.parity import torch_side
 
+pytestmark = pytest.mark.filterwarnings("ignore:Using the model-agnostic default:UserWarning")
+
 BATCH, WORDS = 3, 12
 DECODERS = [
     {**decoder, "vocab_size": WORDS, "n_positions": 24, "n_embd": 24}

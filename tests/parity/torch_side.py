@@ -12,9 +12,15 @@ from tests.cases.compare import cotangent, flat
 
 
 def build(case: Case, seed: int = 0) -> torch.nn.Module:
-    """The model with weights of which none is 0 or 1, in float32."""
+    """The model with weights of which none is 0 or 1, in float32.
+
+    Of a seed above 0 the configuration is drawn as well, as far as other parts do not depend on it.
+    """
     transformers.logging.set_verbosity_error()
-    model = getattr(transformers, case.kind)(case.config(transformers)).eval()
+    config = case.config(transformers)
+    if seed:
+        _vary(config, np.random.default_rng(seed))
+    model = getattr(transformers, case.kind)(config).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -26,6 +32,30 @@ def build(case: Case, seed: int = 0) -> torch.nn.Module:
                 noise = torch.randn(buffer.shape, generator=generator)
                 buffer.copy_(0.2 * noise if name.endswith("mean") else 1 + 0.3 * noise.abs())
     return model
+
+
+def _vary(config: Any, rng: np.random.Generator) -> None:
+    """Other heads, hidden units, epsilons and activations in all parts of a config."""
+    for part in vars(config).values():
+        if isinstance(part, transformers.PretrainedConfig):
+            _vary(part, rng)
+    width = getattr(config, "hidden_size", None)
+    if not isinstance(width, int):
+        return
+    divisors = [heads for heads in range(1, width + 1) if width % heads == 0]
+    drawn = {
+        "num_attention_heads": int(rng.choice(divisors)),
+        "n_head": int(rng.choice(divisors)),
+        "intermediate_size": int(rng.integers(5, 40)),
+        "n_inner": int(rng.integers(5, 40)),
+        "layer_norm_eps": float(10 ** -rng.uniform(3, 9)),
+        "layer_norm_epsilon": float(10 ** -rng.uniform(3, 9)),
+        "hidden_act": str(rng.choice(["gelu", "relu", "gelu_new", "quick_gelu"])),
+        "activation_function": str(rng.choice(["gelu", "relu", "gelu_new"])),
+    }
+    for name, value in drawn.items():
+        if name in vars(config):
+            setattr(config, name, value)
 
 
 def _scaled(name: str, noise: torch.Tensor) -> torch.Tensor:
