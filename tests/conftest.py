@@ -1,9 +1,7 @@
 """What every test needs: eight simulated devices, a compilation cache, the shared data."""
 
-import json
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -58,22 +56,3 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data in {folder}; MMJAX_SHARED names another folder")
     return folder
-
-
-@pytest.fixture
-def measured() -> Callable[..., None]:
-    """`measured("clip", against="CLIPModel", outputs=3e-7)` keeps the worst of what tests saw.
-
-    Only where MMJAX_PARITY_RECORDS names a folder; `python docs/build.py --parity=FOLDER` reads it.
-    """
-
-    def record(case: str, against: str, **differences: float) -> None:
-        if not (folder := os.environ.get("MMJAX_PARITY_RECORDS")):
-            return
-        path = Path(folder) / f"{case}.json"
-        kept = json.loads(path.read_text()) if path.exists() else {}
-        worst = {name: max(float(x), kept.get(name, 0.0)) for name, x in differences.items()}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({**kept, "against": against, **worst}, indent=1) + "\n")
-
-    return record

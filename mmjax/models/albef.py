@@ -23,7 +23,7 @@ from mmjax.models.heads import (
     MaskedLanguageHead,
     MatchingHead,
 )
-from mmjax.models.model import Model
+from mmjax.models.model import PairModel
 from mmjax.models.vit import ViT, ViTConfig
 
 
@@ -59,7 +59,7 @@ class AlbefConfig:
             raise InputError(f"pictures is {self.pictures}; an example has one picture or two.")
 
 
-class Albef(Model):
+class Albef(PairModel):
     """Pictures and texts in, features and scores out."""
 
     # A head, or None where the config has it not.
@@ -97,23 +97,6 @@ class Albef(Model):
             FusedClassifier(width, len(config.labels), text.dtype, rngs) if config.labels else None
         )
         self.text_assignment = linear(width, 3, "float32", rngs) if config.text_assignment else None
-
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
-
-    def encode_text(
-        self,
-        text: Int[Array, "batch length"],
-        text_mask: Bool[Array, "batch length"] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of token ids, which have not seen a picture."""
-        return self.text(text, text_mask, key=key)
 
     def fuse(
         self,
@@ -157,11 +140,7 @@ class Albef(Model):
         fused = self.fuse(seen, read, fusion_key, seen_b)
         out: dict[str, Any] = {"sequence_output": fused.text_tokens, "pooled_output": fused.pooled}
         if self.contrastive is not None:
-            out["image_embeds"] = self.contrastive.image(seen.pooled)
-            out["text_embeds"] = self.contrastive.text(read.pooled)
-            out["logits_per_image"] = self.contrastive.logits(
-                out["image_embeds"], out["text_embeds"]
-            )
+            out |= self.contrastive.outputs(seen.pooled, read.pooled)
         if self.matching is not None:
             out["itm_logits"] = self.matching(fused.pooled)
         if self.masked_language is not None:

@@ -19,7 +19,7 @@ from mmjax.models.bert import BertConfig
 from mmjax.models.cross_attention import BertDecoder, CrossBert
 from mmjax.models.features import AnyArray, Encoded, Fused
 from mmjax.models.heads import ContrastiveConfig, ContrastiveHead, MatchingHead
-from mmjax.models.model import Model
+from mmjax.models.model import PictureModel
 from mmjax.models.vit import ViT, ViTConfig
 
 DECODERS = ("", "image", "question")
@@ -72,7 +72,7 @@ class BlipConfig:
             )
 
 
-class Blip(Model):
+class Blip(PictureModel):
     """Pictures and texts in, features, scores and texts out."""
 
     # A part, or None where the config has it not.
@@ -105,14 +105,6 @@ class Blip(Model):
             else None
         )
         self.matching = MatchingHead(text.width, rngs) if config.matching else None
-
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
 
     def encode_text(
         self,
@@ -166,11 +158,7 @@ class Blip(Model):
                 out["itm_score"] = self.matching(fused.pooled)
             if self.contrastive is not None:
                 read = self.encode_text(text, text_mask, text_key)
-                out["image_embeds"] = self.contrastive.image(seen.pooled)
-                out["text_embeds"] = self.contrastive.text(read.pooled)
-                out["logits_per_image"] = self.contrastive.logits(
-                    out["image_embeds"], out["text_embeds"]
-                )
+                out |= self.contrastive.outputs(seen.pooled, read.pooled)
         elif self.config.decoder == "question" and decoder_text is not None:
             raise InputError("this model answers questions: give the question as 'text'.")
         if decoder_text is not None:

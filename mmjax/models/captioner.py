@@ -12,7 +12,7 @@ from mmjax.layers import linear, split_key
 from mmjax.models.encoders import ImageConfig, image_encoder
 from mmjax.models.features import AnyArray, Encoded
 from mmjax.models.gpt2 import GPT2, GPT2Config
-from mmjax.models.model import Model
+from mmjax.models.model import PictureModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class CaptionerConfig:
     generation: GenerationConfig = field(default_factory=GenerationConfig)
 
 
-class Captioner(Model):
+class Captioner(PictureModel):
     """A text about a picture, word by word: VisionEncoderDecoderModel of ViT and GPT-2.
 
     Where the two differ in width, a linear map leads from the one to the other.
@@ -43,14 +43,6 @@ class Captioner(Model):
     def max_length(self) -> int:
         """The longest text that there are positions for (`mmjax.decoding.Decoder`)."""
         return self.text.max_length
-
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
 
     def forward(
         self,

@@ -12,7 +12,7 @@ from mmjax.models.bert import BertConfig, BertEncoder
 from mmjax.models.efficientnet import EfficientNet, EfficientNetConfig
 from mmjax.models.features import Encoded
 from mmjax.models.heads import MaskedLanguageHead
-from mmjax.models.model import Model
+from mmjax.models.model import Model, PictureModel
 from mmjax.models.resnet import ResNet, ResNetConfig
 from mmjax.models.swin import Swin, SwinConfig
 from mmjax.models.text_tower import TextTower, TextTowerConfig
@@ -48,7 +48,7 @@ class ImageModelConfig:
     labels: tuple[str, ...] = field(default=())
 
 
-class ImageModel(Model):
+class ImageModel(PictureModel):
     """Features of pictures, and scores of labels: ViTModel, ViTForImageClassification and kin."""
 
     def __init__(self, config: ImageModelConfig, rngs: nnx.Rngs):
@@ -56,14 +56,6 @@ class ImageModel(Model):
         self.image = image_encoder(config.image, rngs)
         width, labels = config.image.width, len(config.labels)
         self.classifier = linear(width, labels, "float32", rngs) if labels else None
-
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
 
     def forward(
         self,

@@ -81,6 +81,19 @@ class ContrastiveHead(nnx.Module):
         logits = self.scale * images @ texts.T
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
+    def outputs(
+        self,
+        image_pooled: Float[Array, "pictures image_width"],
+        text_pooled: Float[Array, "texts text_width"],
+    ) -> dict[str, Array]:
+        """What the head says of a batch, under Hugging Face's names."""
+        images, texts = self.image(image_pooled), self.text(text_pooled)
+        return {
+            "image_embeds": images,
+            "text_embeds": texts,
+            "logits_per_image": self.logits(images, texts),
+        }
+
     @property
     def scale(self) -> Float[Array, ""]:
         """What similarities are multiplied by."""

@@ -17,7 +17,7 @@ from mmjax.models.bert import BertConfig, BertEncoder
 from mmjax.models.features import Encoded, Fused
 from mmjax.models.fusion import CoAttention, CoAttentionConfig
 from mmjax.models.heads import AnsweringHead, MaskedLanguageHead, MatchingHead
-from mmjax.models.model import Model
+from mmjax.models.model import PairModel
 from mmjax.models.vit import ViT, ViTConfig
 
 
@@ -80,7 +80,7 @@ class MeterConfig:
     ranking: bool = False  # one score of a pair, as fine-tuned for retrieval
 
 
-class Meter(Model):
+class Meter(PairModel):
     """Pictures and texts in, features and scores out."""
 
     # A head, or None where the config has it not.
@@ -127,23 +127,6 @@ class Meter(Model):
         self.reasoning = classifier(2 * pooled, 2) if config.reasoning else None
         self.entailment = classifier(pooled, 3) if config.entailment else None
         self.ranking = linear(pooled, 1, "float32", rngs) if config.ranking else None
-
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
-
-    def encode_text(
-        self,
-        text: Int[Array, "batch length"],
-        text_mask: Bool[Array, "batch length"] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of token ids."""
-        return self.text(text, text_mask, key=key)
 
     def fuse(
         self,

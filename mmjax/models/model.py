@@ -6,9 +6,10 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jaxtyping import Key
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from mmjax.errors import InputError, near_misses
+from mmjax.models.features import Encoded
 
 
 class Model(nnx.Module):
@@ -46,3 +47,32 @@ class Model(nnx.Module):
                 raise InputError(f"{name} needs the input {needed!r}.")
         arrays = {k: None if v is None else jax.numpy.asarray(v) for k, v in inputs.items()}
         return self.forward(**arrays, key=key)
+
+
+class PictureModel(Model):
+    """A model with an encoder of pictures, `image`."""
+
+    image: Any
+
+    def encode_image(
+        self,
+        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Features of pictures (uint8, or float already normalised)."""
+        return self.image(image, key=key)
+
+
+class PairModel(PictureModel):
+    """A model with an encoder of texts, `text`, as well."""
+
+    text: Any
+
+    def encode_text(
+        self,
+        text: Int[Array, "batch length"],
+        text_mask: Bool[Array, "batch length"] | None = None,
+        key: Key[Array, ""] | None = None,
+    ) -> Encoded:
+        """Features of token ids that have not seen a picture; the mask is true on tokens."""
+        return self.text(text, text_mask, key=key)

@@ -12,7 +12,7 @@ from mmjax.models.bert import BertConfig
 from mmjax.models.encoders import ImageConfig, TextConfig, image_encoder, text_encoder
 from mmjax.models.features import Encoded
 from mmjax.models.heads import ContrastiveConfig, ContrastiveHead, unit
-from mmjax.models.model import Model
+from mmjax.models.model import PictureModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class TwoTowerConfig:
     contrastive: ContrastiveConfig = field(default_factory=ContrastiveConfig)
 
 
-class TwoTower(Model):
+class TwoTower(PictureModel):
     """Similarities of every picture with every text of a batch."""
 
     def __init__(self, config: TwoTowerConfig, rngs: nnx.Rngs):
@@ -34,14 +34,6 @@ class TwoTower(Model):
         self.contrastive = ContrastiveHead(
             config.image.width, config.text.width, config.contrastive, rngs
         )
-
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
 
     def encode_text(
         self,

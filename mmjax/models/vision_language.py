@@ -18,7 +18,7 @@ from mmjax.models.heads import (
     MaskedLanguageHead,
     MatchingHead,
 )
-from mmjax.models.model import Model
+from mmjax.models.model import PairModel
 from mmjax.models.vit import ViT, ViTConfig
 
 
@@ -40,7 +40,7 @@ class ModelConfig:
             raise InputError("model.answers names an answer twice.")
 
 
-class VisionLanguageModel(Model):
+class VisionLanguageModel(PairModel):
     """Pictures and texts in, features and scores out.
 
     `key=None` runs without dropout; a key draws a mask anew in every layer.
@@ -82,23 +82,6 @@ class VisionLanguageModel(Model):
             else None
         )
 
-    def encode_image(
-        self,
-        image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of pictures (uint8, or float already normalised)."""
-        return self.image(image, key=key)
-
-    def encode_text(
-        self,
-        text: Int[Array, "batch length"],
-        text_mask: Bool[Array, "batch length"],
-        key: Key[Array, ""] | None = None,
-    ) -> Encoded:
-        """Features of token ids."""
-        return self.text(text, text_mask, key=key)
-
     def fuse(self, image: Encoded, text: Encoded, key: Key[Array, ""] | None = None) -> Fused:
         """Features of pairs: row i of the pictures with row i of the texts."""
         return self.fusion(image, text, key=key)
@@ -117,11 +100,7 @@ class VisionLanguageModel(Model):
         fused = self.fuse(encoded_image, encoded_text, fusion_key)
         out: dict[str, Any] = {"pooled_output": fused.pooled, "sequence_output": fused.text_tokens}
         if self.contrastive is not None:
-            out["image_embeds"] = self.contrastive.image(encoded_image.pooled)
-            out["text_embeds"] = self.contrastive.text(encoded_text.pooled)
-            out["logits_per_image"] = self.contrastive.logits(
-                out["image_embeds"], out["text_embeds"]
-            )
+            out |= self.contrastive.outputs(encoded_image.pooled, encoded_text.pooled)
         if self.matching is not None:
             out["itm_logits"] = self.matching(fused.pooled)
         if self.masked_language is not None:

@@ -20,8 +20,7 @@ from mmjax.models.model import Model
 from mmjax.models.vision_language import VisionLanguageModel
 from mmjax.rules import by_path, leaf_paths, path_name
 from mmjax.training.checkpoints import load_assets, load_parameters
-from mmjax.weights import openai_clip
-from mmjax.weights.families import FAMILIES
+from mmjax.weights.families import FAMILIES, openai_clip
 from mmjax.weights.family import Family, Source
 from mmjax.weights.files import Tensors, open_tensors
 from mmjax.weights.hub import resolve

@@ -6,6 +6,7 @@ import pytest
 import mmjax
 from tests.cases import CASES, compare
 from tests.parity import torch_side
+from tests.records import keep
 
 OUTPUTS = 1e-4  # absolute, of outputs of order 1
 GRADIENTS = 1e-3  # relative, by norm, of every parameter
@@ -13,7 +14,7 @@ GRADIENTS = 1e-3  # relative, by norm, of every parameter
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_agrees_with_transformers(case, seed, tmp_path, measured):
+def test_agrees_with_transformers(case, seed, tmp_path):
     theirs = torch_side.build(case, seed)
     theirs.save_pretrained(tmp_path / "theirs")
     model = mmjax.load(tmp_path / "theirs")
@@ -53,7 +54,7 @@ def test_agrees_with_transformers(case, seed, tmp_path, measured):
         for name, g in gradient.items()
     }
     assert max(distances.values()) < GRADIENTS, distances
-    measured(
+    keep(
         case.name,
         against=case.kind,
         outputs=max(differences.values()),

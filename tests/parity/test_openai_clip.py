@@ -14,6 +14,7 @@ import mmjax
 from tests.cases import compare
 from tests.cases.case import Case, pictures, texts
 from tests.parity import torch_side
+from tests.records import keep
 
 LAYER = {
     "layer_norm1": "ln_1",
@@ -93,7 +94,7 @@ def case(activation):
 
 
 @pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_agrees_with_transformers(activation, tmp_path, measured):
+def test_agrees_with_transformers(activation, tmp_path):
     clip = case(activation)
     theirs = torch_side.build(clip)
     described = {
@@ -127,7 +128,7 @@ def test_agrees_with_transformers(activation, tmp_path, measured):
         for name, value in torch_side.outputs(clip, theirs, batch).items()
     }
     assert max(differences.values()) < 1e-4, differences
-    measured(clip.name, against=clip.kind, outputs=max(differences.values()))
+    keep(f"open_clip-{activation}", against=clip.kind, outputs=max(differences.values()))
 
     # With the weights of `transformers` in the same folder, those are read.
     theirs.save_pretrained(tmp_path)

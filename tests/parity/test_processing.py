@@ -28,6 +28,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from mmjax.errors import InputError
 from mmjax.processing import load_processor, save_processor
 from tests.processing.folders import write, write_published
+from tests.records import keep
 
 # Pictures. A hundredth of a standard deviation would do for a model; but the arithmetic is the same
 # here and there, so that anything beyond float noise is a mistake.
@@ -111,7 +112,7 @@ def too_narrow(processor, picture):
 
 
 @pytest.mark.parametrize(("name", "config"), CONFIGS)
-def test_pixels(tmp_path, name, config, measured):
+def test_pixels(tmp_path, name, config):
     # Unless told to convert, theirs leaves grey and RGBA as they are, and fails to normalise them.
     config = config | {"image_processor_type": name, "do_convert_rgb": True}
     write(tmp_path, "preprocessor_config.json", config)
@@ -132,7 +133,7 @@ def test_pixels(tmp_path, name, config, measured):
             np.testing.assert_array_equal(batch["image_mask"], expected["pixel_mask"])
     assert most <= CLOSE
     family = name.removesuffix("ImageProcessor").lower()
-    measured(f"{family}-pixels", against=THEIRS[name].__name__, outputs=float(most))
+    keep(f"{family}-pixels", against=THEIRS[name].__name__, outputs=float(most))
 
 
 def test_pictures_of_a_batch_are_padded_together(tmp_path):
