@@ -97,8 +97,8 @@ def test_parameters_are_laid_out_by_the_rules():
     assert spec(layout, *fusion, "image_cross", "attention", "key", "kernel") == P(
         None, "fsdp", "tensor", None
     )
-    assert spec(layout, "text", "token_embedding", "embedding") == P("tensor", "fsdp")
-    assert spec(layout, "image", "patch", "kernel") == P(None, "fsdp")
+    assert spec(layout, "text", "embeddings", "token_embedding", "embedding") == P("tensor", "fsdp")
+    assert spec(layout, "image", "patch", "kernel") == P(None, None, None, "fsdp")
     assert spec(layout, "contrastive", "logit_scale") == P()
     # No device holds more than its part of the layers: a quarter.
     for leaf in jax.tree.leaves([tree[part]["blocks"] for part in ("image", "text", "fusion")]):

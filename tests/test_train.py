@@ -66,7 +66,7 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["batch_size"] == 8
     assert config["model"]["image"]["image_size"] == 64
-    assert "text/token_embedding/embedding" in (tmp_path / "parameters.txt").read_text()
+    assert "text/embeddings/token_embedding/embedding" in (tmp_path / "parameters.txt").read_text()
     assert (tmp_path / "tokenizer.json").read_text() == load_assets(tmp_path)["tokenizer"]
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
     recalls = {line["step"]: line["eval/retrieval/image_to_text/R@1"] for line in evaluated}

@@ -15,7 +15,7 @@ from flax import nnx
 
 from mmjax import config as configuration
 from mmjax.errors import InputError, near_misses
-from mmjax.json_files import read_json
+from mmjax.json_files import find_json, read_json
 from mmjax.models.model import Model
 from mmjax.models.vision_language import VisionLanguageModel
 from mmjax.rules import by_path, leaf_paths, path_name
@@ -26,7 +26,7 @@ from mmjax.weights.files import Tensors, open_tensors
 from mmjax.weights.hub import resolve
 from mmjax.weights.names import Pair, pairs_of
 
-CONFIG, PREPROCESSOR = "config.json", "preprocessor_config.json"
+CONFIG = "config.json"
 
 
 def load(
@@ -56,10 +56,15 @@ def load(
         not fit: one message with every missing, unexpected and misshapen tensor.
     """
     opened = open_source(source, family=family, config=config)
-    if isinstance(opened, Model):
-        return opened
     resized = {"image_size": image_size, "vocabulary_size": vocab_size}
     resized = {name: size for name, size in resized.items() if size is not None}
+    if isinstance(opened, Model):
+        if resized:
+            raise InputError(
+                f"{source} is a checkpoint of ours, which train.py resizes: set "
+                "model.image.image_size and init_from there."
+            )
+        return opened
     for name, size in resized.items():
         opened = dataclasses.replace(opened, config=_with_field(opened.config, name, size))
     return opened.build(strict=strict, resize=bool(resized))
@@ -76,7 +81,14 @@ class Opened:
     def build(self, *, strict: bool = True, resize: bool = False) -> Model:
         """The model with these weights; see `load`."""
         abstract = self.family.abstract(self.config)
-        matched = Matched(pairs_of(self.family.table(self.config), abstract), self, resize)
+        pairs = pairs_of(self.family.table(self.config), abstract)
+        wanted, there = sum(pair.count for pair in pairs), len(self.tensors)
+        if wanted > 10 * there + 1000:  # a billion layers take long to name one by one
+            raise InputError(
+                f"{self.tensors.origin}: the config asks for {wanted:,} tensors and there are "
+                f"{there:,}."
+            )
+        matched = Matched(pairs, self, resize)
         matched.check(strict)
         values = matched.read()
         if missing := [path for path in leaf_paths(abstract) if path not in values]:
@@ -125,7 +137,7 @@ class Matched:
             raise InputError(
                 f"{origin}: the weights are not those of this {self.opened.family.name} model."
                 + problems
-                + ("\nstrict=False leaves what is missing at its initial value." if strict else "")
+                + ("" if self.misshapen else "\nstrict=False loads the rest and says what differs.")
             )
         if problems:
             logging.warning("%s: loaded with differences.%s", origin, problems)
@@ -224,7 +236,7 @@ def _open_folder(folder: Path) -> Opened:
         )
     else:
         config = _reading(family.read, Source(description, list(tensors), origin))
-    return Opened(family, _with_statistics(config, folder / PREPROCESSOR), tensors)
+    return Opened(family, _with_statistics(config, folder), tensors)
 
 
 def _reading(read: Callable[[Source], Any], source: Source) -> Any:
@@ -283,11 +295,12 @@ def _replace(config: Any, name: str, value: Any) -> tuple[Any, bool]:
     return dataclasses.replace(config, **changes), bool(changes)
 
 
-def _with_statistics(config: Any, preprocessor: Path) -> Any:
+def _with_statistics(config: Any, folder: Path) -> Any:
     """The mean and deviation of pixels are the processor's, and uint8 pictures need them here."""
-    if not preprocessor.exists():
-        return config
-    described = read_json(preprocessor)
+    described = find_json(folder / "preprocessor_config.json")
+    if described is None:
+        both = find_json(folder / "processor_config.json") or {}
+        described = both.get("image_processor") or {}
     for name, key in (("mean", "image_mean"), ("std", "image_std")):
         if isinstance(values := described.get(key), list):
             config = _replace(config, name, tuple(values))[0]

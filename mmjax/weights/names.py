@@ -111,6 +111,11 @@ class Pair:
         return tuple(self.theirs.replace("{n}", str(n)) for n in self._layers)
 
     @property
+    def count(self) -> int:
+        """How many tensors there make it up."""
+        return len(self._layers)
+
+    @property
     def title(self) -> str:
         """All names in one: 'layer.{0…11}.bias'."""
         return self.theirs.replace("{n}", f"{{{self._layers[0]}…{self._layers[-1]}}}")

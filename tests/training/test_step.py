@@ -233,9 +233,9 @@ def test_a_state_is_born_sharded_and_depends_on_the_seed_alone():
         init_state(MODEL, optax.adam(1e-3), m, seed=3, ema=True) for m in (mesh, one_device())
     )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(eight), jax.device_get(one))
-    table = eight.params["text"]["token_embedding"]["embedding"]
-    moments = eight.opt_state[0].mu["text"]["token_embedding"]["embedding"]
-    average = eight.ema["text"]["token_embedding"]["embedding"]
+    table = eight.params["text"]["embeddings"]["token_embedding"]["embedding"]
+    moments = eight.opt_state[0].mu["text"]["embeddings"]["token_embedding"]["embedding"]
+    average = eight.ema["text"]["embeddings"]["token_embedding"]["embedding"]
     for array in (table, moments, average):
         assert array.addressable_shards[0].data.shape == (40 // 2, 32 // 2)
     kernel = eight.params["text"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
