@@ -1,6 +1,6 @@
-"""Live comparisons need what `make parity` installs."""
+"""Live comparisons need what `make parity` installs; without it there is nothing to collect here."""
 
-import pytest
+import importlib.util
 
-pytest.importorskip("torch", reason="live parity needs torch: make parity installs it")
-pytest.importorskip("transformers", reason="live parity needs transformers: make parity")
+if not all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
+    collect_ignore_glob = ["test_*.py"]
