@@ -1,4 +1,4 @@
-"""Live comparisons need what `make parity` installs; without it there is nothing to collect here."""
+"""Live comparisons need what `make parity` installs; without it nothing is collected here."""
 
 import importlib.util
 
