@@ -155,8 +155,9 @@ class Matched:
     def _read(self, pair: Pair, name: str) -> np.ndarray:
         array = self.opened.tensors[name]
         if array.shape != pair.their_shape and pair.entry.resize is not None:
-            array = pair.entry.resize(array.reshape(-1, *pair.shape[1:]), pair.shape)
-            return array.astype(np.float32)
+            leading = max(pair.entry.leading, 0)  # axes of 1 that the table is not told of
+            table, wanted = array.reshape(array.shape[leading:]), pair.their_shape[leading:]
+            array = pair.entry.resize(table, wanted).reshape(pair.their_shape).astype(np.float32)
         return pair.to_ours(array)
 
     def _resizes(self, pair: Pair, shape: tuple[int, ...]) -> bool:

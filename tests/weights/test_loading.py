@@ -67,6 +67,26 @@ def test_another_vocabulary_cuts_or_fills_the_table(words):
     assert resized["masked_language/bias"].shape == (words,)
 
 
+@pytest.mark.parametrize("words", [14, 26])
+def test_another_vocabulary_of_an_output_table_of_its_own(folder, words):
+    """A dense layer there, [words, width], which lies transposed here."""
+
+    def untie(tensors):
+        table = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float32)
+        return tensors | {"mlm_score.decoder.weight": table}
+
+    path = folder("vilt-masked", untie)
+    kept = min(words, 20)
+    before, after = parameters(mmjax.load(path)), parameters(mmjax.load(path, vocab_size=words))
+    kernels = [found["masked_language/decoder/kernel"] for found in (before, after)]
+    assert kernels[1].shape == (12, words)
+    np.testing.assert_array_equal(kernels[1][:, :kept], kernels[0][:, :kept])
+    mean = np.mean(kernels[0], axis=1, keepdims=True)
+    np.testing.assert_allclose(
+        kernels[1][:, kept:], np.broadcast_to(mean, (12, words - kept)), atol=1e-6
+    )
+
+
 def test_a_size_that_the_model_has_not_is_refused():
     with pytest.raises(InputError, match="no image_size"):
         mmjax.load(GOLDENS / "bert", image_size=32)
