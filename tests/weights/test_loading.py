@@ -15,8 +15,13 @@ from safetensors.numpy import load_file, save_file
 import mmjax
 from mmjax.errors import InputError
 from mmjax.models import VisionLanguageModel, resize_position_embedding
-from mmjax.models.encoders import TextModel
+from mmjax.models.encoders import TextModel, TextModelConfig
 from mmjax.rules import by_path
+from mmjax.weights.families.bert import resize_rows
+from mmjax.weights.family import Family
+from mmjax.weights.files import open_tensors, write_safetensors
+from mmjax.weights.loading import Matched, Opened
+from mmjax.weights.names import Entry, pairs_of, to_theirs
 from mmjax.weights.saving import save_checkpoint
 from tests.models.reference import tiny_model
 
@@ -67,24 +72,18 @@ def test_another_vocabulary_cuts_or_fills_the_table(words):
     assert resized["masked_language/bias"].shape == (words,)
 
 
-@pytest.mark.parametrize("words", [14, 26])
-def test_another_vocabulary_of_an_output_table_of_its_own(folder, words):
-    """A dense layer there, [words, width], which lies transposed here."""
-
-    def untie(tensors):
-        table = np.random.default_rng(0).normal(size=(20, 12)).astype(np.float32)
-        return tensors | {"mlm_score.decoder.weight": table}
-
-    path = folder("vilt-masked", untie)
-    kept = min(words, 20)
-    before, after = parameters(mmjax.load(path)), parameters(mmjax.load(path, vocab_size=words))
-    kernels = [found["masked_language/decoder/kernel"] for found in (before, after)]
-    assert kernels[1].shape == (12, words)
-    np.testing.assert_array_equal(kernels[1][:, :kept], kernels[0][:, :kept])
-    mean = np.mean(kernels[0], axis=1, keepdims=True)
-    np.testing.assert_allclose(
-        kernels[1][:, kept:], np.broadcast_to(mean, (12, words - kept)), atol=1e-6
-    )
+def test_a_table_is_resized_as_it_lies_on_disk(tmp_path):
+    """A dense layer there, [words, width], lies transposed here."""
+    table = [Entry("head", "head", resize=resize_rows)]
+    kernel, taller = np.arange(6.0).reshape(2, 3), np.zeros((2, 4))
+    theirs = to_theirs(table, {"head": {"kernel": kernel}})
+    write_safetensors(tmp_path / "model.safetensors", theirs)
+    family = Family("some", TextModel, TextModelConfig, lambda config: table)
+    opened = Opened(family, None, open_tensors(tmp_path))
+    matched = Matched(pairs_of(table, {"head": {"kernel": taller}}), opened, resize=True)
+    matched.check(strict=True)
+    expected = np.concatenate([kernel, kernel.mean(axis=1, keepdims=True)], axis=1)
+    np.testing.assert_allclose(matched.read()["head/kernel"], expected)
 
 
 def test_a_size_that_the_model_has_not_is_refused():
