@@ -6,6 +6,7 @@ Every key that exists stands here with its meaning and its default.
 import dataclasses
 import json
 import math
+import types
 import typing
 from collections.abc import Mapping
 from pathlib import Path
@@ -220,7 +221,22 @@ def _as_type(hint: Any, value: Any, key: str) -> Any:
         if kind not in known:
             raise InputError(f"{key}.kind is {kind!r}.{near_misses(str(kind), known)}")
         return build(known[kind], values, key)
-    return tuple(value) if isinstance(value, list) else value
+    value = tuple(value) if isinstance(value, list) else value
+    plain = _plain_types(hint)
+    if plain and not isinstance(value, plain):
+        expected = " or ".join(kind.__name__ for kind in plain)
+        raise InputError(f"{key} is {value!r}, which is no {expected}.")
+    return value
+
+
+def _plain_types(hint: Any) -> tuple[type, ...]:
+    """What a value must be an instance of; () where that is not as simple."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    alternatives = typing.get_args(hint) if is_union else (hint,)
+    kinds = [typing.get_origin(kind) or kind for kind in alternatives]
+    if not all(isinstance(kind, type) for kind in kinds):
+        return ()
+    return (*kinds, int) if float in kinds else tuple(kinds)
 
 
 def _dataclasses(hint: Any) -> list[type[Any]]:

@@ -31,6 +31,7 @@ from mmjax.training.checkpoints import load_assets
 from mmjax.weights import load
 
 # What families call their scores of one thing.
+SIMILARITY = ("logits_per_image", "contrastive_logits_per_image")
 MATCHING = ("itm_logits", "itm_score", "cross_relationship_score")
 ANSWERS = ("vqa_logits", "question_answering_score", "logits")
 SHOWN = 5
@@ -153,8 +154,8 @@ def _compare(model: Any, inputs: Inputs, image: str, texts: list[str]) -> str:
     """A line a text: similarity among these texts, and whether it belongs to the picture."""
     out = model(**inputs.pictures([image] * len(texts)), **inputs.texts(texts))
     columns = {}
-    if "logits_per_image" in out:
-        logits = np.asarray(out["logits_per_image"][0])
+    for similarity in [out[name] for name in SIMILARITY if name in out]:
+        logits = np.asarray(similarity[0])
         columns["score"] = [f"{score:.2f}" for score in logits]
         if len(texts) > 1:
             shares = np.asarray(jax.nn.softmax(jnp.asarray(logits)))

@@ -46,7 +46,24 @@ class Model(nnx.Module):
             if parameter.default is inspect.Parameter.empty and inputs.get(needed) is None:
                 raise InputError(f"{name} needs the input {needed!r}.")
         arrays = {k: None if v is None else jax.numpy.asarray(v) for k, v in inputs.items()}
+        for name, array in arrays.items():
+            _check(name, array)
         return self.forward(**arrays, key=key)
+
+
+def _check(name: str, array: jax.Array | None) -> None:
+    """Refuse what would be taken for something else."""
+    if array is None:
+        return
+    is_float = jax.numpy.issubdtype(array.dtype, jax.numpy.floating)
+    if name in ("image", "image_b") and not is_float and array.dtype != jax.numpy.uint8:
+        raise InputError(
+            f"{name} is {array.dtype}: give uint8 pixels, or floats that are normalised already."
+        )
+    if name in ("text", "text_b", "decoder_text") and (is_float or array.ndim < 2):
+        raise InputError(
+            f"{name} is {array.dtype} {list(array.shape)}: give token ids, whole numbers [B, L]."
+        )
 
 
 class PictureModel(Model):

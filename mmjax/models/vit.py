@@ -123,7 +123,7 @@ class ViT(nnx.Module):
             raise InputError(
                 f"the image encoder takes {size[0]}×{size[1]} pixels and the batch has "
                 f"{image.shape[1]}×{image.shape[2]}: let data.image_size and "
-                "model.image.image_size agree."
+                "model.image.image_size agree, or load with image_size=…."
             )
         if image.dtype == jnp.uint8:
             image = normalise(image, config.mean, config.std)

@@ -1,7 +1,7 @@
 """From a picture to the pixels that a pretrained model wants."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,18 @@ class ImageProcessor:
 
     def __post_init__(self):
         object.__setattr__(self, "_levels", self._table())
+
+    @property
+    def statistics(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Mean and deviation such that (pixel / 255 - mean) / deviation is what comes out."""
+        darkest, brightest = (self._levels[level].astype(float) for level in (0, 255))
+        deviation = 1 / (brightest - darkest)
+        return tuple(-darkest * deviation), tuple(deviation)
+
+    def resized_to(self, side: int) -> "ImageProcessor":
+        """The same for squares of another size."""
+        size, crop = (dict.fromkeys(sizes or {}, side) for sizes in (self.size, self.crop_size))
+        return replace(self, size=size, crop_size=crop or None)
 
     def to_config(self) -> dict[str, Any]:
         """The content of a `preprocessor_config.json` from which this processor comes back."""

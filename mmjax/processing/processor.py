@@ -177,8 +177,7 @@ def load_processor(source: str | Path) -> Processor:
         family = str(model_config.get("model_type"))
     pixels = None
     if name is not None:
-        type_name = _image_type(config, model_config, family, origin=str(folder / name))
-        pixels = read_image_processor(config, type_name, origin=str(folder / name))
+        pixels = _read_pixels(folder / name, config, model_config, family)
     tokenizer = load_tokenizer(folder, model_config, family)
     if pixels is None and tokenizer is None:
         raise InputError(
@@ -186,6 +185,21 @@ def load_processor(source: str | Path) -> Processor:
             "(tokenizer.json, vocab.txt, vocab.json with merges.txt, or spiece.model)."
         )
     return Processor(pixels, tokenizer, processor_class or _PROCESSOR_OF_FAMILY.get(family))
+
+
+def load_pixels(folder: Path, model_config: Mapping[str, Any]) -> ImageProcessor | None:
+    """What a folder says of pictures alone; None where it says nothing."""
+    name, config = _image_config(folder)
+    if name is None:
+        return None
+    return _read_pixels(folder / name, config, model_config, str(model_config.get("model_type")))
+
+
+def _read_pixels(
+    path: Path, config: dict[str, Any], model_config: Mapping[str, Any], family: str
+) -> ImageProcessor:
+    type_name = _image_type(config, model_config, family, origin=str(path))
+    return read_image_processor(config, type_name, origin=str(path))
 
 
 def save_processor(processor: Processor, folder: str | Path) -> None:

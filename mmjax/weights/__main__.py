@@ -12,6 +12,7 @@ import argparse
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,29 +67,36 @@ def convert(
     allow_differences: bool = False,
 ) -> None:
     """Read SOURCE, write DESTINATION, print the table of tensors."""
-    ours = isinstance(open_source(source, family=family, config=config), Model)
-    model = load(
-        source,
-        family=family,
-        config=config,
-        image_size=image_size,
-        vocab_size=vocab_size,
-        strict=not allow_differences,
-    )
-    if ours:
+    opened = open_source(source, family=family, config=config)
+    if isinstance(opened, Model):
+        model, folder = opened, Path(destination)
         save_huggingface(model, destination)
     else:
+        if (Path(destination) / "checkpoints").exists():
+            raise InputError(f"{destination} holds a checkpoint already; name another folder.")
+        folder = Path(destination) / PROCESSOR
+        model = load(
+            source,
+            family=family,
+            config=config,
+            image_size=image_size,
+            vocab_size=vocab_size,
+            strict=not allow_differences,
+        )
         save_checkpoint(model, destination)
-    _copy_processor(source, Path(destination) if ours else Path(destination) / PROCESSOR)
+    _copy_processor(source, folder, image_size)
     pairs = pairs_of(family_of(model).table(model.config), nnx.to_pure_dict(nnx.state(model)))
     print(table(pairs))
     print(f"{family_of(model).name}: {len(pairs)} parameters written to {destination}")
 
 
-def _copy_processor(source: str, folder: Path) -> None:
+def _copy_processor(source: str, folder: Path, image_size: int | None) -> None:
     """Weights without their vocabulary are of little use."""
     try:
-        load_processor(source).save(folder)
+        processor = load_processor(source)
+        if image_size is not None and processor.pixels is not None:
+            processor = replace(processor, pixels=processor.pixels.resized_to(image_size))
+        processor.save(folder)
     except InputError as error:
         print(f"No processor goes along: {error}")
 

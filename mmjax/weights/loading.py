@@ -15,10 +15,11 @@ from flax import nnx
 
 from mmjax import config as configuration
 from mmjax.errors import InputError, near_misses
-from mmjax.json_files import find_json, read_json
+from mmjax.json_files import read_json
 from mmjax.models.model import Model
 from mmjax.models.vision_language import VisionLanguageModel
-from mmjax.rules import by_path, leaf_paths, path_name
+from mmjax.processing import load_pixels
+from mmjax.rules import by_path, path_name
 from mmjax.training.checkpoints import load_assets, load_parameters
 from mmjax.weights.families import FAMILIES, openai_clip
 from mmjax.weights.family import Family, Source
@@ -27,6 +28,7 @@ from mmjax.weights.hub import resolve
 from mmjax.weights.names import Pair, pairs_of
 
 CONFIG = "config.json"
+PIXELS = "mmjax_pixels"  # key of config.json, where no processor stands beside it: mean, deviation
 
 
 def load(
@@ -34,7 +36,7 @@ def load(
     *,
     family: str = "",
     config: Mapping[str, Any] | None = None,
-    image_size: int | tuple[int, int] | None = None,
+    image_size: int | None = None,
     vocab_size: int | None = None,
     strict: bool = True,
 ) -> Model:
@@ -46,7 +48,7 @@ def load(
         (WORKDIR, WORKDIR@STEP, WORKDIR@best), or, with `family`, a file of weights.
       family: the family of an original checkpoint, which carries no config.
       config: the fields of that family's config dataclass (`docs/models.md`).
-      image_size: for another resolution; position embeddings are resized.
+      image_size: for another resolution, pixels a side; position embeddings are resized.
       vocab_size: for another vocabulary; rows of the word table are cut, or added as their mean.
       strict: refuse weights that do not fit exactly. With False, parameters that the source lacks
         stay at their initial value and tensors that the model lacks are left; both are logged.
@@ -55,6 +57,9 @@ def load(
       InputError: the source cannot be read, is of no known family, contradicts its config, or does
         not fit: one message with every missing, unexpected and misshapen tensor.
     """
+    for name, size in (("image_size", image_size), ("vocab_size", vocab_size)):
+        if size is not None and (type(size) is not int or size < 1):
+            raise InputError(f"{name} is {size!r}; it is one whole number above 0.")
     opened = open_source(source, family=family, config=config)
     resized = {"image_size": image_size, "vocabulary_size": vocab_size}
     resized = {name: size for name, size in resized.items() if size is not None}
@@ -90,10 +95,11 @@ class Opened:
             )
         matched = Matched(pairs, self, resize)
         matched.check(strict)
-        values = matched.read()
-        if missing := [path for path in leaf_paths(abstract) if path not in values]:
-            fresh = nnx.to_pure_dict(nnx.state(self.family.model(self.config, nnx.Rngs(0))))
-            values |= {path: value for path, value in by_path(fresh).items() if path in missing}
+        fresh = {}
+        if matched.missing:
+            model = self.family.model(self.config, nnx.Rngs(0))
+            fresh = by_path(nnx.to_pure_dict(nnx.state(model)))
+        values = matched.read(fresh)
         tree = jax.tree_util.tree_map_with_path(lambda path, _: values[path_name(path)], abstract)
         return _with_parameters(self.family.model, self.config, tree, self.family.name)
 
@@ -142,14 +148,18 @@ class Matched:
         if problems:
             logging.warning("%s: loaded with differences.%s", origin, problems)
 
-    def read(self) -> dict[str, np.ndarray]:
-        """The parameters that the source has, by path."""
+    def read(self, fresh: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """The parameters by path; what the source lacks, a layer or all, is taken from `fresh`."""
         values = {}
         for pair in self.pairs:
-            names = [self.there[name] for name in pair.names]
-            if all(names):
-                layers = [self._read(pair, name) for name in names if name]
-                values[pair.path] = np.stack(layers) if pair.stacked else layers[0]
+            initial: Any = fresh.get(pair.path)
+            layers = [
+                self._read(pair, there)
+                if (there := self.there[name])
+                else np.asarray(initial[i] if pair.stacked else initial)
+                for i, name in enumerate(pair.names)
+            ]
+            values[pair.path] = np.stack(layers) if pair.stacked else layers[0]
         return values
 
     def _read(self, pair: Pair, name: str) -> np.ndarray:
@@ -196,6 +206,10 @@ def open_source(
 ) -> Opened | Model:
     """What lies at `source`: weights of a family, or a model of our own from its checkpoint."""
     path = resolve(str(source))
+    if config is not None and not isinstance(config, Mapping):
+        raise InputError(f"config is {config!r}; it is a dict of fields.")
+    if family and config is None and (path / CONFIG).is_file():
+        raise InputError(f"{path} has a {CONFIG}, which says what it is: leave family= out.")
     if family:
         original = f"{family}-original"  # the name alone is that of its class in transformers
         chosen = _named(original if original in FAMILIES else family, f"family={family!r}")
@@ -225,7 +239,8 @@ def _open_folder(folder: Path) -> Opened:
     description = read_json(folder / CONFIG)
     origin = str(folder / CONFIG)
     # timm's config.json speaks of an architecture instead.
-    kind = description.get("model_type") or ("timm" if "architecture" in description else "")
+    kind = str(description.get("model_type") or "")
+    kind = "timm" if not kind and "architecture" in description else kind
     family = _named(kind, f"{origin}: model_type {kind!r}")
     tensors = open_tensors(folder)
     if "mmjax" in description:
@@ -237,7 +252,7 @@ def _open_folder(folder: Path) -> Opened:
         )
     else:
         config = _reading(family.read, Source(description, list(tensors), origin))
-    return Opened(family, _with_statistics(config, folder), tensors)
+    return Opened(family, _with_statistics(config, folder, description), tensors)
 
 
 def _reading(read: Callable[[Source], Any], source: Source) -> Any:
@@ -248,6 +263,8 @@ def _reading(read: Callable[[Source], Any], source: Source) -> Any:
         if source.origin in str(error):
             raise
         raise InputError(f"{source.origin}: {error}") from None
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise InputError(f"{source.origin}: a value is not of its type: {error}.") from error
 
 
 def _named(name: str, what: str) -> Family:
@@ -296,15 +313,16 @@ def _replace(config: Any, name: str, value: Any) -> tuple[Any, bool]:
     return dataclasses.replace(config, **changes), bool(changes)
 
 
-def _with_statistics(config: Any, folder: Path) -> Any:
+def _with_statistics(config: Any, folder: Path, description: Mapping[str, Any]) -> Any:
     """The mean and deviation of pixels are the processor's, and uint8 pictures need them here."""
-    described = find_json(folder / "preprocessor_config.json")
-    if described is None:
-        both = find_json(folder / "processor_config.json") or {}
-        described = both.get("image_processor") or {}
-    for name, key in (("mean", "image_mean"), ("std", "image_std")):
-        if isinstance(values := described.get(key), list):
-            config = _replace(config, name, tuple(values))[0]
+    try:
+        pixels = load_pixels(folder, description)
+    except InputError as error:
+        logging.warning("uint8 pictures are normalised by defaults: %s", error)
+        pixels = None
+    statistics = pixels.statistics if pixels else description.get(PIXELS)
+    for name, values in zip(("mean", "std"), statistics or (), strict=False):
+        config = _replace(config, name, tuple(values))[0]
     return config
 
 

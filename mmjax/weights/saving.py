@@ -1,7 +1,9 @@
 """From a model to disk: Hugging Face folders, and checkpoints of our own."""
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from mmjax.weights import generation
 from mmjax.weights.families import FAMILIES
 from mmjax.weights.family import Family
 from mmjax.weights.files import write_safetensors
+from mmjax.weights.loading import PIXELS
 from mmjax.weights.names import to_theirs
 
 
@@ -27,9 +30,9 @@ def save_huggingface(model: Model, folder: str | Path) -> None:
 
     Raises InputError where no family has such a model, or the folder cannot be written.
     """
-    folder, family = Path(folder), family_of(model)
+    folder, family = Path(folder), _published(model)
     if family.write is not None:
-        description = family.write(model.config)
+        description = family.write(model.config) | _pixels(model.config)
     else:
         description = {"model_type": family.name, "mmjax": configuration.describe(model.config)}
     arrays = to_theirs(family.table(model.config), nnx.to_pure_dict(nnx.state(model)))
@@ -48,6 +51,23 @@ def _update_counts(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         name.removesuffix("running_mean") + "num_batches_tracked": np.zeros((), np.int64)
         for name in names
     }
+
+
+def _published(model: Model) -> Family:
+    """The family to write: that of a class of `transformers`, wherever the model came from."""
+    family = family_of(model)
+    if family.write is None:
+        return next((f for f in _fitting(model) if f.write is not None), family)
+    return family
+
+
+def _pixels(config: Any) -> dict[str, Any]:
+    """Mean and deviation of pixels, which `transformers` keeps beside the model."""
+    parts = [config, *(getattr(config, part.name) for part in dataclasses.fields(config))]
+    for part in parts:
+        if hasattr(part, "mean") and hasattr(part, "std"):
+            return {PIXELS: [list(part.mean), list(part.std)]}
+    return {}
 
 
 def save_checkpoint(model: Model, folder: str | Path) -> None:
@@ -71,10 +91,15 @@ def family_of(model: Model) -> Family:
     """The family under whose names a model is written: that it was loaded as, or one that fits."""
     if model.family:
         return FAMILIES[model.family]
-    for family in FAMILIES.values():
-        if type(model.config) is family.config and family.is_member(model.config):
-            return family
+    if fitting := _fitting(model):
+        return fitting[0]
     raise InputError(
         f"no published format holds this {type(model).__name__}: its configuration is that of no "
         f"family ({', '.join(FAMILIES)}). Our own checkpoints keep it."
     )
+
+
+def _fitting(model: Model) -> list[Family]:
+    """The families that have such a model."""
+    config = model.config
+    return [f for f in FAMILIES.values() if type(config) is f.config and f.is_member(config)]

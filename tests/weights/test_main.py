@@ -9,6 +9,7 @@ from pathlib import Path
 from mmjax.weights.files import open_tensors
 
 GOLDENS = Path(__file__).parents[1] / "goldens"
+WEIGHTS = GOLDENS / "clip" / "model.safetensors"
 
 
 def convert(*arguments, folder):
@@ -48,7 +49,7 @@ def test_there_and_back(tmp_path):
 def test_bad_input_is_one_sentence(tmp_path):
     for arguments, message in (
         (("nowhere", "there"), "there is no such file or folder"),
-        ((GOLDENS / "clip", "there", "--family=clop"), "Did you mean clip"),
+        ((WEIGHTS, "there", "--family=clop"), "Did you mean clip"),
     ):
         run = convert(*arguments, folder=tmp_path)
         assert run.returncode == 2

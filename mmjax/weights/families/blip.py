@@ -47,7 +47,7 @@ TEXT_KEYS = (
 TOKEN_KEYS = (
     Key("bos_token_id", "bos_token_id", 30522),
     Key("sep_token_id", "eos_token_id", 102),
-    Key("pad_token_id", "pad_token_id", 0),
+    Key("pad_token_id", "pad_token_id", 0, null=0),
 )
 
 IMAGE: Table = (

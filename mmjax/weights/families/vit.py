@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from mmjax.errors import InputError
 from mmjax.models.encoders import ImageModel, ImageModelConfig
 from mmjax.models.vit import ViTConfig, resize_position_embedding
 from mmjax.weights.family import Family, Source
@@ -94,9 +95,13 @@ def _read(source: Source) -> ImageModelConfig:
 
 
 def read_labels(json: Any) -> tuple[str, ...]:
-    """The names of the classes, in order; two of them where the file has none, as there."""
-    names = json.get("id2label") or {str(i): f"LABEL_{i}" for i in range(2)}
-    return tuple(names[key] for key in sorted(names, key=int))
+    """The names of the classes, in order; two of them where the file says nothing, as there."""
+    count = json.get("num_labels") or 2
+    names = json.get("id2label") or {str(i): f"LABEL_{i}" for i in range(count)}
+    labels = {int(key): label for key, label in names.items()}
+    if sorted(labels) != list(range(len(labels))):
+        raise InputError(f"id2label should name the classes 0 to {len(labels) - 1}, each once.")
+    return tuple(labels[i] for i in range(len(labels)))
 
 
 def write_labels(labels: tuple[str, ...]) -> dict[str, Any]:
