@@ -2,13 +2,16 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import mmjax
 from mmjax.errors import InputError
+from mmjax.weights.families import openai_clip
+from mmjax.weights.names import to_theirs
 
 IMAGE = {"width": 24, "layers": 2, "head_width": 8, "image_size": 16, "patch_size": 8}
 TEXT = {"width": 16, "layers": 3, "heads": 2, "vocab_size": 20, "context_length": 7}
@@ -147,14 +150,19 @@ def test_a_file_with_a_config_of_ours_is_the_same_model(tmp_path):
     )
 
 
-def test_written_weights_are_those_that_were_read(tmp_path):
+def test_weights_are_those_that_were_read_and_are_written_for_transformers(tmp_path):
     model = mmjax.load(write(tmp_path))
-    mmjax.save_huggingface(model, tmp_path / "again")
-    written = load_file(tmp_path / "again" / "model.safetensors")
-    assert written.keys() == state_dict().keys()
+    params = nnx.to_pure_dict(nnx.state(model))
+    names = to_theirs(openai_clip.FAMILY.table(model.config), params)
+    assert names.keys() == state_dict().keys()
     for name, array in state_dict().items():
-        np.testing.assert_array_equal(written[name], array, err_msg=name)
-    assert mmjax.load(tmp_path / "again").config == model.config
+        np.testing.assert_array_equal(names[name], array, err_msg=name)
+    mmjax.save_huggingface(model, tmp_path / "again")
+    description = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert description["architectures"] == ["CLIPModel"]
+    again = mmjax.load(tmp_path / "again")
+    assert again.config == model.config
+    jax.tree.map(np.testing.assert_array_equal, nnx.to_pure_dict(nnx.state(again)), params)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,8 @@ from mmjax.models.encoders import ImageModel, ImageModelConfig
 from mmjax.models.vit import ViTConfig
 from mmjax.weights.families.timm import FAMILY
 from mmjax.weights.family import Source
+from mmjax.weights.files import write_safetensors
+from mmjax.weights.names import to_theirs
 from tests.weights.families.distilled import encoders_of, pictures
 from tests.weights.families.recorded import Recorded, assert_saved_whole, load
 
@@ -92,8 +94,8 @@ def test_a_folder_as_timm_writes_it(tmp_path):
         ViTConfig(width=192, depth=1, heads=3, image_size=32, patch_size=16), ("a", "b", "c")
     )
     model = ImageModel(small, nnx.Rngs(0))
-    model.family = "timm"
-    mmjax.save_huggingface(model, tmp_path)
+    weights = to_theirs(FAMILY.table(small), nnx.to_pure_dict(nnx.state(model)))
+    write_safetensors(tmp_path / "model.safetensors", weights)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError) as error:
         mmjax.load(tmp_path)
