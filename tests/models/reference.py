@@ -261,3 +261,25 @@ def co_attention(
         summary = image[:, 0] if image_class_token else image.mean(axis=1)
         pooled = np.concatenate([pooled, np.tanh(dense(summary, p["image_pooler"]))], axis=-1)
     return image, text, pooled
+
+
+def assert_dropout_in_every_part(
+    graph: nnx.GraphDef, params: Tree, inputs: dict[str, Any], pooled: str
+) -> None:
+    """A key draws dropout in both encoders, the fusion and the whole model; another, others."""
+
+    @jax.jit
+    def draw(params, key):
+        model = nnx.merge(graph, params)
+        text = inputs["text"], inputs["text_mask"]
+        pair = model.encode_image(inputs["image"]), model.encode_text(*text)
+        return (
+            model.encode_image(inputs["image"], key).pooled,
+            model.encode_text(*text, key=key).pooled,
+            model.fuse(*pair, key).pooled,
+            model(**inputs, train=True, key=key)[pooled],
+        )
+
+    once, again, other = (draw(params, jax.random.key(n)) for n in (1, 1, 2))
+    jax.tree.map(np.testing.assert_array_equal, once, again)
+    assert all(np.abs(a - b).max() > 0.01 for a, b in zip(once, other, strict=True))

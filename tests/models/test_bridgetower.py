@@ -14,7 +14,7 @@ from mmjax.models.bridgetower import BridgeTower, BridgeTowerConfig
 from mmjax.models.fusion import CoAttentionConfig
 from mmjax.models.vit import ViTConfig
 from tests.models import reference
-from tests.models.reference import dense, gelu, layer_norm
+from tests.models.reference import assert_dropout_in_every_part, dense, gelu, layer_norm
 
 CONFIG = BridgeTowerConfig(
     image=ViTConfig(width=12, depth=4, heads=3, image_size=16, patch_size=8, epsilon=1e-5),
@@ -172,23 +172,7 @@ def test_dropout_is_drawn_by_the_key_in_every_part():
     parts = ("image", "text", "fusion")
     dropping = {name: replace(getattr(CONFIG, name), dropout=0.5) for name in parts}
     graph, params = make(replace(CONFIG, **dropping))
-    inputs = batch()
-
-    @jax.jit
-    def draw(params, key):
-        model = nnx.merge(graph, params)
-        text = inputs["text"], inputs["text_mask"]
-        pair = model.encode_image(inputs["image"]), model.encode_text(*text)
-        return (
-            model.encode_image(inputs["image"], key).pooled,
-            model.encode_text(*text, key=key).pooled,
-            model.fuse(*pair, key).pooled,
-            model(**inputs, train=True, key=key)["pooler_output"],
-        )
-
-    once, again, other = (draw(params, jax.random.key(n)) for n in (1, 1, 2))
-    jax.tree.map(np.testing.assert_array_equal, once, again)
-    assert all(np.abs(a - b).max() > 0.01 for a, b in zip(once, other, strict=True))
+    assert_dropout_in_every_part(graph, params, batch(), "pooler_output")
 
 
 @pytest.mark.parametrize(
