@@ -460,9 +460,12 @@ def test_without_torch(tmp_path, monkeypatch):
 def test_torch_is_imported_for_its_own_files_only(tmp_path, monkeypatch):
     imported = []
     real = builtins.__import__
-    monkeypatch.setattr(
-        builtins, "__import__", lambda name, *rest: imported.append(name) or real(name, *rest)
-    )
+
+    def watched(name, *rest, **options):
+        imported.append(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", watched)
     save_file({"a": np.ones(2, np.float32)}, tmp_path / "model.safetensors")
     np.savez(tmp_path / "a.npz", a=np.ones(2))
     dict(open_tensors(tmp_path / "model.safetensors"))
