@@ -11,10 +11,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
+import mmjax
 import train
 from mmjax.errors import InputError
+from mmjax.models import ViTConfig
+from mmjax.models.encoders import ImageModel, ImageModelConfig
 from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters
+from mmjax.weights import save_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -284,3 +289,23 @@ def test_sigterm_writes_a_checkpoint_and_stops(tmp_path):
     assert len(steps) == 1
     assert steps[0] >= 2
     assert "SIGTERM: stopping after this step" in output
+
+
+def test_a_run_starts_from_converted_weights(tiny_config, tmp_path):
+    image = ViTConfig(**{**tiny_config.model.image.to_dict(), "image_size": 64})
+    save_checkpoint(ImageModel(ImageModelConfig(image), nnx.Rngs(7)), tmp_path / "vit")
+    tiny_config.init_from, tiny_config.total_steps = str(tmp_path / "vit"), 1
+    tiny_config.data.image_size = 64
+    tiny_config.optimizer.learning_rate = 0.0
+    train.train(tiny_config, tmp_path / "run")
+    expected = load_parameters(tmp_path / "vit")["image"]
+    found = load_parameters(tmp_path / "run")["image"]
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
+def test_a_converted_text_encoder_needs_its_vocabulary(tiny_config, tmp_path):
+    golden = Path(__file__).parent / "goldens" / "bert"
+    save_checkpoint(mmjax.load(golden), tmp_path / "bert")
+    tiny_config.init_from = str(tmp_path / "bert")
+    with pytest.raises(InputError, match=r"set data\.vocabulary"):
+        train.train(tiny_config, tmp_path / "run")

@@ -30,8 +30,14 @@ def load_tokenizer(
         return TextTokenizer.from_json(load_assets(workdir)["tokenizer"])
     if config.data.vocabulary:
         return TextTokenizer.from_vocabulary(config.data.vocabulary)
-    if config.init_from:
-        return TextTokenizer.from_json(load_assets(config.init_from)["tokenizer"])
+    assets = load_assets(config.init_from) if config.init_from else {}
+    if "tokenizer" in assets:
+        return TextTokenizer.from_json(assets["tokenizer"])
+    if "text" in assets.get("config", {}):  # converted weights: other ids would be other words
+        raise InputError(
+            f"init_from: {config.init_from} holds a text encoder without a vocabulary of ours: set "
+            "data.vocabulary to the vocab.txt that it was trained with."
+        )
     tokenizer = TextTokenizer.train(source.texts(), config.data.vocabulary_size)
     logging.info("Trained a vocabulary of %d words on the data.", tokenizer.vocabulary_size)
     return tokenizer
@@ -77,7 +83,9 @@ def start_state(
         logging.info("Starting from scratch.")
         return state
     loaded = load_parameters(config.init_from)
-    if tuple(load_assets(config.init_from)["config"]["model"]["answers"]) != model.answers:
+    trained = load_assets(config.init_from)["config"]
+    trained = trained.get("model", trained)  # converted weights have a family's config alone
+    if tuple(trained.get("answers", ())) != model.answers:
         # The same column would mean another answer.
         loaded.get("answering", {}).pop("classifier", None)
     params, report = merge_parameters(state.params, loaded, resize=_resize)

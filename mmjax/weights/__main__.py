@@ -5,7 +5,8 @@
 SOURCE is a Hugging Face folder, its Hub name (hf://owner/name, hf://owner/name@revision), a file of
 original weights (with --family and --config), or one of our checkpoints (WORKDIR, WORKDIR@STEP,
 WORKDIR@best). From a checkpoint of ours DESTINATION becomes a Hugging Face folder; from anything
-else a checkpoint of ours, which train.py starts from (--config.init_from=DESTINATION).
+else a checkpoint of ours; train.py takes the parts that its model shares with it
+(--config.init_from=DESTINATION), as an image encoder of the same sizes.
 """
 
 import argparse

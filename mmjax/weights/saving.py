@@ -71,7 +71,7 @@ def _pixels(config: Any) -> dict[str, Any]:
 
 
 def save_checkpoint(model: Model, folder: str | Path) -> None:
-    """Write one of our own checkpoints, which `mmjax.load` reads and `init_from` starts from.
+    """Write one of our own checkpoints, for `mmjax.load`, and for the shared parts, `init_from`.
 
     Raises InputError where no family has such a model, or the folder has a checkpoint.
     """
