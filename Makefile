@@ -1,10 +1,10 @@
-# make quickstart | make test | make parity | make lint.   VENV and PYTHON can be set: make test PYTHON=python3.12
+# make quickstart | make test | make test-all | make parity | make lint.   VENV and PYTHON can be set: make test PYTHON=python3.12
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RUNS := runs/quickstart
 
-.PHONY: quickstart test parity lint clean
+.PHONY: quickstart test test-all parity lint clean
 
 # Stamps, so that an installation is made once and again when what it installs changes.
 $(VENV)/installed: pyproject.toml requirements.txt
@@ -38,7 +38,11 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 	touch $@
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity -m "not slow"
+
+# And every recipe.
+test-all: test
+	$(BIN)/python -m pytest -n 2 --dist load --ignore=tests/parity -m slow
 
 # Every family beside the same class of transformers, live.
 parity: $(VENV)/installed-parity

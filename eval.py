@@ -27,7 +27,6 @@ from mmjax.errors import InputError
 from mmjax.evaluation.encoding import Subject
 from mmjax.evaluation.report import format_table, write_report
 from mmjax.evaluation.suite import Evaluation, evaluation_data
-from mmjax.models import ModelConfig
 from mmjax.sharding import check_batch_size, make_mesh
 from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters
 from mmjax.training.state import abstract_params, graph_of
@@ -68,7 +67,7 @@ def evaluate(config: ConfigDict, checkpoint: str, output: Path) -> dict[str, flo
 
 def load_subject(
     checkpoint: str, config: ConfigDict, mesh: Mesh
-) -> tuple[Subject, dict[str, Any], ModelConfig]:
+) -> tuple[Subject, dict[str, Any], Any]:
     """The model in a checkpoint, with the config it was trained with."""
     assets = load_assets(checkpoint)
     trained = assets["config"]

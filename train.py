@@ -60,7 +60,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             log_changes(load_assets(workdir)["config"], config)
         program = Program.build(config, tokenizer, mesh)
         evaluator = Evaluator(program) if config.eval.every else None
-        state = start_state(config, program.model, program.optimizer, mesh, checkpointer)
+        state = start_state(config, program.contents, mesh, checkpointer)
         write_description(program, state, workdir)
 
         first_step, last_step = int(state.step), config.total_steps
@@ -122,8 +122,8 @@ def open_batches(program: Program, source: Source, first_step: int):
     config = program.config
     transform = make_transform(
         config.data.to_dict(),
-        program.tokenizer,
-        program.model.answers,
+        program.task.tokenizer,
+        getattr(program.model, "answers", ()),
         augment=True,
         question_only=config.question_only,
     )
@@ -154,17 +154,17 @@ class Evaluator:
                 "eval.every is set, but there is nothing to evaluate: set eval.losses, "
                 "eval.retrieval.run, eval.matching.run or eval.vqa.run."
             )
-        self.eval_step = make_eval_step(program.objectives)
+        self.eval_step = make_eval_step(program.task)
         self.compiled: dict = {}
 
     def score(self, state: TrainState) -> dict[str, float]:
         """Metrics by name; of the moving average of the parameters where there is one."""
         program, evaluation = self.program, self.evaluation
         subject = Subject(
-            graph=program.graph,
+            graph=program.task.graph,
             params=state.params if state.ema is None else state.ema,
             mesh=program.mesh,
-            tokenizer=program.tokenizer,
+            tokenizer=program.task.tokenizer,
             batch_size=self.config["batch_size"],
             question_only=program.config.question_only,
             compiled=self.compiled,
@@ -173,8 +173,8 @@ class Evaluator:
         if self.config["losses"]:
             transform = make_transform(
                 evaluation.data,
-                program.tokenizer,
-                program.model.answers,
+                program.task.tokenizer,
+                getattr(program.model, "answers", ()),
                 question_only=program.config.question_only,
             )
             scores = mean_losses(
@@ -188,7 +188,7 @@ def write_description(program: Program, state: TrainState, workdir: Path) -> Non
     logging.info("%s", parameter_counts(state.params))
     if jax.process_index() == 0:
         configuration.save(program.config, workdir / "config.json")
-        (workdir / "tokenizer.json").write_text(program.tokenizer.to_json())
+        (workdir / "tokenizer.json").write_text(program.task.tokenizer.to_json())
         table = optimizer_table(program.config.optimizer.to_dict(), state.params)
         (workdir / "parameters.txt").write_text(table + "\n")
 

@@ -10,6 +10,7 @@ A generated part stands between `<!-- NAME -->` and `<!-- /NAME -->`.
 
 import argparse
 import dataclasses
+import importlib
 import inspect
 import json
 import math
@@ -22,12 +23,17 @@ from typing import Any
 import jax
 
 from mmjax.evaluation.report import format_value, read_report, sources
+from mmjax.objectives import OBJECTIVES, Masking
+from mmjax.objectives.adversarial import Adversarial
 from mmjax.weights.families import FAMILIES
 from mmjax.weights.family import Source
 
 DOCS = Path(__file__).resolve().parent
 RESULTS = DOCS / "results"
-DOCUMENTS = (DOCS.parent / "README.md", DOCS / "results.md", DOCS / "models.md")
+DOCUMENTS = (
+    DOCS.parent / "README.md",
+    *(DOCS / name for name in ("results.md", "models.md", "objectives.md")),
+)
 PARITY = DOCS / "parity.json"
 
 # Families that an empty config.json describes.
@@ -138,6 +144,45 @@ def _fields_table(cls: type) -> str:
     return "\n".join(lines)
 
 
+def objectives_table(_: str) -> str:
+    """Every objective: formula, source, the test that holds it, and the recipes that use it."""
+    lines = [
+        "| objective | formula | source | reference test | recipes |",
+        "|---|---|---|---|---|",
+    ]
+    used = recipes_by_objective()
+    for name, objective in OBJECTIVES.items():
+        module = objective.__module__.rpartition(".")[2]
+        test = f"tests/objectives/test_{module}.py"
+        assert (DOCS.parent / test).exists(), f"{name} has no {test}"
+        formula, source = (text.replace("|", "\\|") for text in (objective.formula, objective.source))
+        cells = [f"`{name}`", formula, source, f"[{module}](../{test})", ", ".join(used[name])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def options_tables(_: str) -> str:
+    """The options of every objective, and of the masks that they share."""
+    return "\n\n".join(
+        _fields_table(cls)
+        for cls in (*OBJECTIVES.values(), Masking, Adversarial)
+        if len(dataclasses.fields(cls)) > 1
+    )
+
+
+def recipes_by_objective() -> dict[str, list[str]]:
+    """The files of configs/pretrain and configs/finetune that give each objective a weight."""
+    used: dict[str, list[str]] = {name: [] for name in OBJECTIVES}
+    for path in sorted(DOCS.parent.glob("configs/*/*.py")):
+        if path.parent.name not in ("pretrain", "finetune"):
+            continue
+        recipe = importlib.import_module(f"configs.{path.parent.name}.{path.stem}").get_config()
+        for name, options in recipe.objectives.items():
+            if options.weight > 0:
+                used[name].append(f"[{path.stem}](../configs/{path.parent.name}/{path.name})")
+    return used
+
+
 def config_classes() -> list[type]:
     """The config dataclasses of all families and those nested in them."""
     found: dict[type, None] = {}
@@ -156,6 +201,7 @@ def rebuilt(text: str) -> str:
     parts = {f"headline:{name}": headline_table for name in HEADLINES}
     parts |= {f"table:{path.stem}": full_table for path in RESULTS.glob("*.json")}
     parts |= {"parity:all": parity_table, "sizes:all": sizes_table, "fields:all": fields_tables}
+    parts |= {"objectives:all": objectives_table, "options:all": options_tables}
     for marker, make in parts.items():
         pattern = rf"(<!-- {marker} -->\n).*?(<!-- /{marker} -->)"
         if not re.search(pattern, text, flags=re.DOTALL):

@@ -46,9 +46,19 @@ def attention_weights(
     mask: Bool[Array, "#batch _ keys"] | None = None,
     bias: Float[Array, "_ heads queries keys"] | None = None,
 ) -> Float[Array, "batch heads queries keys"]:
-    """The probabilities themselves, in float32: for looking at, or to distil from."""
+    """The probabilities themselves, in float32: for looking at."""
+    return jax.nn.softmax(_masked(attention_scores(query, key, bias), mask, None))
+
+
+def attention_scores(
+    query: Float[Array, "batch queries heads head_width"],
+    key: Float[Array, "batch keys heads head_width"],
+    bias: Float[Array, "_ heads queries keys"] | None = None,
+) -> Float[Array, "batch heads queries keys"]:
+    """What the softmax is taken of, before any mask, in float32: to distil from."""
     scores = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=jnp.float32)
-    return jax.nn.softmax(_masked(scores * query.shape[-1] ** -0.5, mask, bias))
+    scores = scores * query.shape[-1] ** -0.5
+    return scores if bias is None else scores + bias
 
 
 def _einsum(query, key, value, mask, bias):

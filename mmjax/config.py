@@ -3,19 +3,18 @@
 Every key that exists stands here with its meaning and its default.
 """
 
-import dataclasses
 import json
 import math
-import types
-import typing
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from mmjax.errors import InputError, near_misses
-from mmjax.models import BertConfig, CoAttentionConfig, ModelConfig, ViTConfig
+from mmjax.models import MODELS
+from mmjax.objectives import OBJECTIVES, Adversarial, Masking
+from mmjax.schema import build, section
 
 
 def train_config() -> ConfigDict:
@@ -24,29 +23,20 @@ def train_config() -> ConfigDict:
     config.seed = 0  # of initial values, shuffling, augmentation, masking and dropout
     config.total_steps = 1000
     config.batch_size = 64  # examples a step, over all devices of all processes
-    config.init_from = ""  # a workdir or checkpoint whose parameters to start from
+    # What to take parameters from: a workdir, a checkpoint or a folder of public weights; or one
+    # for each part of the model, {'image': FOLDER, 'text': FOLDER}.
+    config.init_from = FieldReference("", field_type=object)
     config.question_only = False  # train blind on grey pictures: the baseline for questions
 
     config.data = _data()
-    config.model = ConfigDict(
-        {
-            "image": _defaults(ViTConfig, image_size=0),  # 0: data.image_size
-            "text": _defaults(BertConfig),
-            "fusion": _defaults(CoAttentionConfig),
-            "embedding_width": 256,  # of the contrastive space; 0: no contrastive head
-            "matching": True,  # an image-text matching head
-            "masked_language": True,  # a masked-language head
-            "answers": (),  # filled from the data's answer list when objectives need it
-        }
-    )
-    config.objectives = ConfigDict(
-        {  # a weight of 0 is off
-            "contrastive": {"weight": 0.0},
-            "matching": {"weight": 0.0, "negatives": "hard"},  # or 'random'
-            "masked_language": {"weight": 0.0, "rate": 0.15},
-            "answering": {"weight": 0.0},
-        }
-    )
+    # image.image_size 0: data.image_size; text.vocabulary_size 0: the tokenizer's; answers (): the
+    # data's, where an objective needs them.
+    config.model = model_section(image={"image_size": 0})
+    # Every objective with its options (`docs/objectives.md`). A weight of 0 is off.
+    config.objectives = ConfigDict({name: section(cls) for name, cls in OBJECTIVES.items()})
+    config.adversarial = ConfigDict(section(Adversarial))  # perturbed inputs; 0 steps: off
+    config.teacher = ConfigDict({"checkpoint": ""})  # another model, for the `*_distillation`s
+    config.masking = ConfigDict(section(Masking))  # what is hidden where something is to be guessed
     config.optimizer = ConfigDict(
         {
             "name": "adamw",  # or 'sgd'
@@ -84,6 +74,7 @@ def train_config() -> ConfigDict:
     config.log = ConfigDict(
         {
             "every": 10,
+            "warn_after": 500,  # steps that something must have gone wrong for before it is told
             "tensorboard": True,
             "wandb_project": "",  # log to Weights & Biases as well
             "profile": 0,  # trace so many steps, from the fifth on, into WORKDIR/profile
@@ -128,7 +119,7 @@ def _data() -> ConfigDict:
     return ConfigDict(
         {
             "source": "scenes",  # 'scenes' (drawn here) or 'flickr8k'
-            "task": "captions",  # or 'questions'
+            "task": "captions",  # or 'questions', 'statements'
             "root": "",  # the folder of a data set that comes as files
             "split": "train",
             "size": 0,  # the first so many records; 0: all (of scenes 20,000, or 1,000 to evaluate)
@@ -138,6 +129,18 @@ def _data() -> ConfigDict:
             "vocabulary_size": 4000,  # of a trained vocabulary, at most
             "crop_scale": 1.0,  # the least share of the area that a random crop keeps; 1: no crop
             "flip": False,  # mirror half of the pictures (not those whose text says left or right)
+            # Operations a picture, and their magnitude of 10: (2, 7) in ALBEF.
+            "randaugment": (0, 0),
+            "regions": False,  # scenes: boxes, features and labels, as a detector finds them
+            "tags": False,  # scenes: labels of regions, '[CLS] text [SEP] tags [SEP]' (Oscar)
+            "false_tags": False,  # captions: half of the tags are another picture's; `label` tells
+            # Captions: a second one, half of the time another picture's; `label` tells.
+            "second_caption": False,
+            "code_grid": 0,  # scenes: what each of so many patches a side shows, as a code; 0: none
+            "prompt": "",  # captions: words before every one, as 'a picture of'
+            "answer_length": 0,  # questions: tokens of written answers, [CLS] and [SEP] included
+            "answer_count": 1,  # the best so many answers are written
+            "end_token": True,  # a text ends in [SEP]; ALBEF's do not
             "on_bad_record": "replace",  # or 'raise'
             "max_bad_fraction": 0.01,  # stop, after a checkpoint, when more were replaced
             "threads": 2,
@@ -152,16 +155,21 @@ def check(config: ConfigDict) -> None:
         ("total_steps", 1),
         ("batch_size", 1),
         ("log.every", 1),
+        ("log.warn_after", 1),
         ("optimizer.accumulate", 1),
         ("data.text_length", 3),
         ("data.threads", 0),
         ("data.workers", 0),
+        ("data.code_grid", 0),
+        ("data.answer_count", 1),
         ("eval.every", 0),
         *((f"objectives.{name}.weight", 0) for name in config.objectives),
     ):
         value = _at(config, key)
         if value < least:
             raise InputError(f"{key} is {value}; it is at least {least}.")
+    if config.data.answer_length == 1:
+        raise InputError("data.answer_length is 1; an answer has [CLS] and [SEP]: 2 or more, or 0.")
     if config.checkpoint.best_metric and not config.eval.every:
         raise InputError(
             f"checkpoint.best_metric is {config.checkpoint.best_metric!r}, but nothing is "
@@ -175,92 +183,24 @@ def _at(config: ConfigDict, key: str) -> Any:
     return config
 
 
-def model_config(config: Mapping[str, Any]) -> ModelConfig:
-    """The dataclass of `config.model`, named sizes filled in."""
-    return build(ModelConfig, config, "model")
+def model_section(kind: str = "vision_language", **changes: Any) -> ConfigDict:
+    """`config.model` for one of `mmjax.models.MODELS`, with the fields in `changes` set.
 
-
-def build(cls: type, values: Mapping[str, Any], key: str) -> Any:
-    """A (nested) dataclass from a mapping; unknown fields are errors that name near misses.
-
-    Where a field may be one of several dataclasses, its `kind` says which: 'vit' for ViTConfig.
+    A recipe gives the changes of parts as dicts: `model_section('lxmert', text={'size': 'base'})`.
     """
-    hints = typing.get_type_hints(cls)
-    names = {field.name for field in dataclasses.fields(cls)}
-    for name in values:
-        if name not in names:
-            raise InputError(f"{key}.{name} is no key of {cls.__name__}.{near_misses(name, names)}")
-    fields = {name: _as_type(hints[name], value, f"{key}.{name}") for name, value in values.items()}
-    for field in dataclasses.fields(cls):
-        required = field.default is field.default_factory is dataclasses.MISSING
-        if required and field.name not in fields:
-            raise InputError(f"{key}.{field.name} is missing; {cls.__name__} needs it.")
-    return cls(**fields)
+    return ConfigDict({"kind": kind, **section(_model_class(kind), changes)})
 
 
-def describe(config: Any) -> dict[str, Any]:
-    """A (nested) dataclass as a mapping that `build` reads."""
-    hints = typing.get_type_hints(type(config))
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(config):
-        value = getattr(config, field.name)
-        if dataclasses.is_dataclass(value):
-            kinds = _dataclasses(hints[field.name])
-            kind = {"kind": _kind(type(value))} if len(kinds) > 1 else {}
-            value = {**kind, **describe(value)}
-        values[field.name] = value
-    return values
+def model_config(config: Mapping[str, Any]) -> Any:
+    """The dataclass of `config.model`, named sizes filled in."""
+    values = dict(config)
+    return build(_model_class(values.pop("kind", "vision_language")), values, "model")
 
 
-def _as_type(hint: Any, value: Any, key: str) -> Any:
-    """A field's value, from what JSON and command lines have: no tuples and no dataclasses."""
-    if isinstance(value, Mapping) and (kinds := _dataclasses(hint)):
-        values = dict(value)
-        kind = values.pop("kind", _kind(kinds[0])) if len(kinds) > 1 else _kind(kinds[0])
-        known = {_kind(cls): cls for cls in kinds}
-        if kind not in known:
-            raise InputError(f"{key}.kind is {kind!r}.{near_misses(str(kind), known)}")
-        return build(known[kind], values, key)
-    value = tuple(value) if isinstance(value, list) else value
-    plain = _plain_types(hint)
-    if plain and not isinstance(value, plain):
-        expected = " or ".join(kind.__name__ for kind in plain)
-        raise InputError(f"{key} is {value!r}, which is no {expected}.")
-    return value
-
-
-def _plain_types(hint: Any) -> tuple[type, ...]:
-    """What a value must be an instance of; () where that is not as simple."""
-    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
-    alternatives = typing.get_args(hint) if is_union else (hint,)
-    kinds = [typing.get_origin(kind) or kind for kind in alternatives]
-    if not all(isinstance(kind, type) for kind in kinds):
-        return ()
-    return (*kinds, int) if float in kinds else tuple(kinds)
-
-
-def _dataclasses(hint: Any) -> list[type[Any]]:
-    """The dataclasses that a field may be."""
-    kinds = typing.get_args(hint) or (hint,)
-    return [cls for cls in kinds if isinstance(cls, type) and dataclasses.is_dataclass(cls)]
-
-
-def _kind(cls: type) -> str:
-    return cls.__name__.removesuffix("Config").lower()
-
-
-def _defaults(cls: type, **fields: Any) -> ConfigDict:
-    """A dataclass's fields and their defaults, some of them changed."""
-    values: dict[str, Any] = {}
-    for field in dataclasses.fields(cls):
-        default = field.default
-        if default is dataclasses.MISSING:
-            default = field.default_factory() if callable(field.default_factory) else None
-        values[field.name] = fields.pop(field.name, default)
-    if fields:
-        name = next(iter(fields))
-        raise InputError(f"{cls.__name__} has no field {name}.{near_misses(name, values)}")
-    return ConfigDict(values)
+def _model_class(kind: str) -> type:
+    if kind not in MODELS:
+        raise InputError(f"model.kind is {kind!r}.{near_misses(kind, MODELS)}")
+    return MODELS[kind][0]
 
 
 def to_json(config: ConfigDict) -> str:

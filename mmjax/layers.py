@@ -6,14 +6,15 @@ random state. Parameters are float32; `LayerConfig.dtype` is what the matrix pro
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
 
-from mmjax.attention import attention, attention_weights
+from mmjax.attention import attention, attention_scores, attention_weights
+from mmjax.attention_maps import SelfAttention, note_last_layer, note_self_attention
 from mmjax.errors import InputError, near_misses
 from mmjax.sharding import constrain_batch
 
@@ -60,12 +61,14 @@ class LayerConfig:
     unroll: bool = False  # unrolled layers run faster on a CPU and compile slower everywhere
     attention: str = "auto"  # an implementation of mmjax.attention
 
+    least_depth: ClassVar[int] = 1
+
     def __post_init__(self) -> None:
         """Fill what follows from the width, and refuse what cannot be built."""
         object.__setattr__(self, "heads", self.heads or self.width // 64)
         object.__setattr__(self, "mlp_width", self.mlp_width or 4 * self.width)
         name = type(self).__name__
-        if self.width < 1 or self.depth < 1:
+        if self.width < 1 or self.depth < self.least_depth:
             raise InputError(
                 f"{name}: width is {self.width} and depth {self.depth}; give both, or a named size."
             )
@@ -177,7 +180,13 @@ class Attention(nnx.Module):
         bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """Attend; `mask` is true where a query may look, `bias` is added to the scores."""
-        return self.attend(x, self.keys_values(x if context is None else context), mask, bias)
+        if context is not None:
+            return self.attend(x, self.keys_values(context), mask, bias)
+        memory = self.keys_values(x)
+        note_self_attention(
+            lambda: SelfAttention(attention_scores(self.query(x), memory.key, bias), mask)
+        )
+        return self.attend(x, memory, mask, bias)
 
     def keys_values(self, context: Float[Array, "batch keys context_width"]) -> KeysValues:
         """What of a context is looked at, for `attend`."""
@@ -258,12 +267,13 @@ class AttentionSublayer(nnx.Module):
     def weights(
         self,
         x: Float[Array, "batch queries width"],
-        context: Float[Array, "batch keys context_width"],
+        context: Float[Array, "batch keys context_width"] | None = None,
         mask: Bool[Array, "#batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
         context = context if self.context_norm is None else self.context_norm(context)
-        return self.attention.weights(self.norm(x) if self.pre else x, context, mask)
+        queries = self.norm(x) if self.pre else x
+        return self.attention.weights(queries, queries if context is None else context, mask)
 
     def _add(self, x, attended, key=None):
         x = x + self.dropout(attended, deterministic=key is None, rngs=key)
@@ -390,18 +400,26 @@ class Stack(nnx.Module):
         """
         graph, parameters = nnx.split(self.layers)
 
-        def body(carry, layer_inputs):
+        def body(carries, layer_inputs):
             parameters, layer_key, inputs = layer_inputs
             # Without this, a sharded program may gather the whole batch on every device.
-            carry = jax.tree.map(constrain_batch, carry)
-            return call(nnx.merge(graph, parameters), carry, layer_key, *inputs)
+            carry = jax.tree.map(constrain_batch, carries[0])
+            after, output = call(nnx.merge(graph, parameters), carry, layer_key, *inputs)
+            return (after, carry), output
 
         if (policy := REMAT_POLICIES[self.remat]) is not None:
             body = jax.checkpoint(body, policy=policy, prevent_cse=self.unroll)
         keys = None if key is None else jax.random.split(key, self.depth)
-        carry, outputs = jax.lax.scan(
-            body, carry, (parameters, keys, stacked), unroll=self.depth if self.unroll else 1
+        of_layers = (parameters, keys, stacked)
+        (carry, entered), outputs = jax.lax.scan(
+            body, (carry, carry), of_layers, unroll=self.depth if self.unroll else 1
         )
+
+        def last_layer():
+            last, last_key, inputs = jax.tree.map(lambda x: x[-1], of_layers)
+            call(nnx.merge(graph, last), entered, last_key, *inputs)
+
+        note_last_layer(last_layer)
         return jax.tree.map(constrain_batch, carry), outputs
 
 

@@ -24,7 +24,6 @@ import numpy as np
 from mmjax.data.image import load_image
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
-from mmjax.models import VisionLanguageModel
 from mmjax.models.model import Model
 from mmjax.processing import load_processor
 from mmjax.training.checkpoints import load_assets
@@ -127,7 +126,7 @@ class Inputs:
     @classmethod
     def of(cls, model: Model, checkpoint: str) -> "Inputs":
         """From the processor beside the weights, or from a training run's config and tokenizer."""
-        if not isinstance(model, VisionLanguageModel):
+        if model.family:
             processor = load_processor(checkpoint)
             return cls(
                 pictures=lambda paths: processor(image=[Path(path) for path in paths]),

@@ -6,7 +6,7 @@ import pytest
 
 from mmjax import config as configuration
 from mmjax.errors import InputError
-from mmjax.models import ModelConfig
+from mmjax.models import VisionLanguageConfig
 
 
 def model_values(**image):
@@ -19,7 +19,7 @@ def model_values(**image):
 
 def test_named_sizes_fill_widths_and_explicit_ones_win():
     model = configuration.model_config(model_values())
-    assert isinstance(model, ModelConfig)
+    assert isinstance(model, VisionLanguageConfig)
     assert (model.image.width, model.image.depth, model.image.heads) == (768, 12, 12)
     assert (model.image.patch_size, model.text.mlp_width) == (16, 3072)
     assert configuration.model_config(model_values(depth=2)).image.depth == 2

@@ -4,7 +4,7 @@
 """
 
 from configs import quickstart
-from mmjax.errors import InputError
+from configs.sizes import sized
 
 
 def get_config(arg=None):
@@ -23,6 +23,5 @@ def get_config(arg=None):
     config.model.masked_language = False
     if arg == "question_only":
         config.question_only = True
-    elif arg is not None:
-        raise InputError(f"quickstart_vqa.py takes ':question_only' or nothing, not {arg!r}.")
-    return config
+        return config
+    return sized(config, arg)

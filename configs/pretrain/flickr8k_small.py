@@ -8,6 +8,7 @@ shows the path on real data (docs/results.md has what it gives on a sample).
 """
 
 from configs import quickstart
+from configs.sizes import sized
 
 
 def get_config(arg=None):
@@ -27,4 +28,4 @@ def get_config(arg=None):
     config.optimizer.schedule.warmup_steps = 60
     config.eval.data.size = 0
     config.eval.every = 100
-    return config
+    return sized(config, arg)

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import UInt8
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from mmjax.data.randaugment import MAX_MAGNITUDE, rand_augment
 from mmjax.errors import InputError
 
 
@@ -35,10 +36,12 @@ class Augment:
       crop_scale: the smallest share of the picture's area that a random crop keeps; 1 keeps the
         whole picture, which captions about positions need.
       flip: mirror every second picture, unless its text speaks of left and right.
+      randaugment: how many operations of `rand_augment`, and their magnitude.
     """
 
     crop_scale: float = 1.0
     flip: bool = False
+    randaugment: tuple[int, int] = (0, 0)
 
     def __post_init__(self):
         if not 0 < self.crop_scale <= 1:
@@ -46,6 +49,17 @@ class Augment:
                 "data.crop_scale is a share of the picture's area, above 0 and at most 1, "
                 f"not {self.crop_scale}."
             )
+        counts = self.randaugment
+        if len(counts) != 2 or counts[0] < 0 or not 0 <= counts[1] <= MAX_MAGNITUDE:
+            raise InputError(
+                "data.randaugment is a number of operations and their magnitude, from 0 to "
+                f"{MAX_MAGNITUDE}, not {counts}."
+            )
+
+    @property
+    def moves(self) -> bool:
+        """Whether things may lie elsewhere afterwards."""
+        return self.crop_scale < 1 or self.flip or self.randaugment[0] > 0
 
 
 def decode_image(
@@ -149,7 +163,8 @@ def load_image(
         pixels = resize_image(pixels, size)
     if augment.flip and may_flip and rng.random() < 0.5:
         pixels = pixels[:, ::-1]
-    return pixels
+    operations, magnitude = augment.randaugment
+    return rand_augment(pixels, rng, operations, magnitude) if operations else pixels
 
 
 def _checked_pixels(pixels: np.ndarray, name: str) -> UInt8[np.ndarray, "height width 3"]:

@@ -5,8 +5,6 @@ the stream alone. So the global batch of a step is the same, row for row, on any
 processes, threads and workers, and a run is resumed by its step.
 """
 
-import functools
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -14,9 +12,8 @@ from typing import Any, Literal, Protocol
 import grain
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Float32
 
-from mmjax.data.image import Augment, BadRecord, load_image
+from mmjax.data.image import BadRecord
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
 
@@ -26,8 +23,6 @@ Batch = dict[str, np.ndarray]
 OnBadRecord = Literal["replace", "raise"]
 
 MAX_ATTEMPTS = 16  # at a tenth of bad records, one row in 10^16 finds no substitute
-_GREY = 128
-_SIDES = re.compile(r"\b(left|right)", re.IGNORECASE)
 _logged: set[str] = set()  # names of the bad records that this process has logged
 
 
@@ -36,7 +31,9 @@ class Source(Protocol):
 
     A record has `image` (encoded bytes, a path, or uint8 [H, W, 3]), `image_id` (equal ids mean
     the same picture), `name` for messages, and what its task needs: `captions` (texts), or
-    `question`, `answers` (a soft score in [0, 1] by answer), `question_type` and `question_id`.
+    `question`, `answers` (a soft score in [0, 1] by answer), `question_type` and `question_id`, or
+    `statement` and `label`. What a detector or an image tokenizer found in the picture comes as
+    arrays of one shape, and as `tags` (words).
     """
 
     def __len__(self) -> int: ...
@@ -61,98 +58,6 @@ class Transform(Protocol):
 
 
 @dataclass(frozen=True)
-class CaptionExample:
-    """A picture with one of its captions: any in training, the first in evaluation."""
-
-    tokenizer: TextTokenizer
-    image_size: int
-    text_length: int
-    augment: Augment | None = None
-
-    def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Example:
-        """Fields: image, text, text_mask, image_id. Raises `BadRecord`."""
-        captions = record["captions"]
-        if not captions or not all(caption.strip() for caption in captions):
-            raise BadRecord(record["name"], "a caption is empty or there is none")
-        caption = captions[0] if rng is None else captions[rng.integers(len(captions))]
-        image = load_image(
-            record["image"],
-            record["name"],
-            self.image_size,
-            augment=self.augment,
-            rng=rng,
-            may_flip=_SIDES.search(caption) is None,
-        )
-        text = _text_fields(self.tokenizer, caption, self.text_length)
-        return {"image": image, **text, "image_id": np.int32(record["image_id"])}
-
-    def blank(self) -> Example:
-        """An example without content."""
-        return {
-            "image": _blank_image(self.image_size),
-            **_text_fields(self.tokenizer, "", self.text_length),
-            "image_id": np.int32(-1),
-        }
-
-
-@dataclass(frozen=True)
-class QuestionExample:
-    """A picture, a question about it and the soft scores of a closed list of answers.
-
-    Answers outside the list score nothing: they cannot be given. With `blind` every picture is the
-    same mid-grey and none is read: what can be answered then, the question alone gives away.
-    """
-
-    tokenizer: TextTokenizer
-    answers: tuple[str, ...]
-    image_size: int
-    text_length: int
-    blind: bool = False
-    augment: Augment | None = None
-
-    def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Example:
-        """Fields: image, text, text_mask, answer float32 [A], image_id. Raises `BadRecord`."""
-        if not record["question"].strip():
-            raise BadRecord(record["name"], "the question is empty")
-        spoken = " ".join([record["question"], *record["answers"]])
-        image = (
-            _blank_image(self.image_size)
-            if self.blind
-            else load_image(
-                record["image"],
-                record["name"],
-                self.image_size,
-                augment=self.augment,
-                rng=rng,
-                may_flip=_SIDES.search(spoken) is None,
-            )
-        )
-        text = _text_fields(self.tokenizer, record["question"], self.text_length)
-        scores = self._scores(record["answers"])
-        return {"image": image, **text, "answer": scores, "image_id": np.int32(record["image_id"])}
-
-    def blank(self) -> Example:
-        """An example without content."""
-        return {
-            "image": _blank_image(self.image_size),
-            **_text_fields(self.tokenizer, "", self.text_length),
-            "answer": self._scores({}),
-            "image_id": np.int32(-1),
-        }
-
-    def _scores(self, answers: dict[str, float]) -> Float32[np.ndarray, " answers"]:
-        scores = np.zeros(len(self.answers), np.float32)
-        for answer, score in answers.items():
-            if answer in self._columns:
-                scores[self._columns[answer]] = score
-        return scores
-
-    @functools.cached_property
-    def _columns(self) -> dict[str, int]:
-        return {answer: column for column, answer in enumerate(self.answers)}
-
-
-@dataclass(frozen=True)
 class TextExample:
     """A caption without its picture: what a text encoder needs to embed a list of captions."""
 
@@ -161,12 +66,12 @@ class TextExample:
 
     def __call__(self, record: Record, rng: np.random.Generator | None = None) -> Example:
         """Fields: text, text_mask, image_id."""
-        text = _text_fields(self.tokenizer, record["captions"][0], self.text_length)
-        return {**text, "image_id": np.int32(record["image_id"])}
+        ids, mask = self.tokenizer.encode(record["captions"][0], self.text_length)
+        return {"text": ids, "text_mask": mask, "image_id": np.int32(record["image_id"])}
 
     def blank(self) -> Example:
         """An example without content."""
-        return {**_text_fields(self.tokenizer, "", self.text_length), "image_id": np.int32(-1)}
+        return self({"captions": [""], "image_id": -1})
 
 
 @dataclass(frozen=True)
@@ -412,12 +317,3 @@ def _with_flags(example: Example, row: int, *, valid: bool, substituted: bool) -
         "valid": np.bool_(valid),
         "substituted": np.bool_(substituted),
     }
-
-
-def _text_fields(tokenizer: TextTokenizer, text: str, length: int) -> Example:
-    ids, mask = tokenizer.encode(text, length)
-    return {"text": ids, "text_mask": mask}
-
-
-def _blank_image(size: int) -> np.ndarray:
-    return np.full((size, size, 3), _GREY, np.uint8)

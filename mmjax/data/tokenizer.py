@@ -1,7 +1,8 @@
 """Text to token ids and back: BERT's WordPiece, over the `tokenizers` library."""
 
+import functools
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ class TextTokenizer:
       vocabulary_size: how many ids there are, the rows of an embedding table.
       pad_id, cls_id, sep_id, mask_id: the ids of `[PAD]`, `[CLS]`, `[SEP]`, `[MASK]`.
       special_ids: these and that of `[UNK]`: tokens that are neither masked nor guessed.
+      end_token: whether a text ends in `[SEP]`. ALBEF's do not.
     """
 
     def __init__(self, tokenizer: Tokenizer, origin: str):
@@ -60,6 +62,7 @@ class TextTokenizer:
         self.sep_id = ids[SEP]
         self.mask_id = ids[MASK]
         self.special_ids = tuple(ids[token] for token in SPECIAL_TOKENS)
+        self.end_token: bool = tokenizer.encode("").ids[-1:] == [self.sep_id]
 
     @classmethod
     def from_vocabulary(cls, path: str | Path) -> "TextTokenizer":
@@ -126,18 +129,62 @@ class TextTokenizer:
         """The whole tokenizer, in the format of the `tokenizers` library (`tokenizer.json`)."""
         return self._tokenizer.to_str()
 
+    def with_end_token(self, end_token: bool) -> "TextTokenizer":
+        """A tokenizer of the same vocabulary whose texts end in `[SEP]`, or do not."""
+        tokenizer = Tokenizer.from_str(self.to_json())
+        tokenizer.post_processor = _special_tokens(tokenizer.get_vocab(), end_token)
+        return TextTokenizer(tokenizer, origin="the tokenizer")
+
+    @functools.cached_property
+    def continues(self) -> Bool[np.ndarray, " words"]:
+        """For every id whether it goes on with the word before it, as `##` pieces do."""
+        tokens = (self._tokenizer.id_to_token(i) for i in range(self.vocabulary_size))
+        return np.array([(token or "").startswith("##") for token in tokens])
+
+    def count(self, text: str) -> int:
+        """How many tokens a text takes, `[CLS]` and `[SEP]` not counted."""
+        return len(self._pieces(text))
+
     def encode(
-        self, text: str, length: int
+        self, text: str, length: int, *, end_token: bool | None = None
     ) -> tuple[Int32[np.ndarray, " length"], Bool[np.ndarray, " length"]]:
         """Token ids and their mask (True on a token, False on padding).
 
-        A longer text is cut, and ends in `[SEP]` all the same. `length` is at least 2.
+        A longer text is cut, and ends in `[SEP]` all the same; `end_token` says whether it does,
+        where that is not as the tokenizer has it. `length` is at least 2.
         """
         if length < 2:
             raise ValueError(f"[CLS] and [SEP] alone take 2 tokens, more than length = {length}.")
-        tokens = self._tokenizer.encode(text).ids
-        if len(tokens) > length:
-            tokens = [*tokens[: length - 1], self.sep_id]
+        end = [self.sep_id] if (self.end_token if end_token is None else end_token) else []
+        pieces = self._pieces(text)[: length - 1 - len(end)]
+        return self._padded([self.cls_id, *pieces, *end], length)
+
+    def encode_pair(
+        self, first: str, second: str, length: int
+    ) -> tuple[
+        Int32[np.ndarray, " length"], Bool[np.ndarray, " length"], Int32[np.ndarray, " length"]
+    ]:
+        """`[CLS] first [SEP] second [SEP]`: token ids, their mask, and their types.
+
+        The type is 0 up to the first `[SEP]` and in padding, and 1 in between (Devlin et al. 2019,
+        section 3). Texts that do not fit are cut at their ends, always the longer one by a token.
+        `length` is at least 3.
+        """
+        if length < 3:
+            raise ValueError(f"[CLS], [SEP], [SEP] take 3 tokens, more than length = {length}.")
+        end = [self.sep_id] if self.end_token else []
+        a, b = self._pieces(first), self._pieces(second)
+        while len(a) + len(b) > length - 2 - len(end):
+            (a if len(a) > len(b) else b).pop()
+        ids, mask = self._padded([self.cls_id, *a, self.sep_id, *b, *end], length)
+        return ids, mask, (mask & (np.arange(length) >= len(a) + 2)).astype(np.int32)
+
+    def _pieces(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
+
+    def _padded(
+        self, tokens: Sequence[int], length: int
+    ) -> tuple[Int32[np.ndarray, " length"], Bool[np.ndarray, " length"]]:
         ids = np.full(length, self.pad_id, np.int32)
         ids[: len(tokens)] = tokens
         return ids, np.arange(length) < len(tokens)
@@ -192,7 +239,12 @@ def _wordpiece(tokens: Sequence[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece()
     if CLS in ids and SEP in ids:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=f"{CLS} $A {SEP}", special_tokens=[(CLS, ids[CLS]), (SEP, ids[SEP])]
-        )
+        tokenizer.post_processor = _special_tokens(ids, end_token=True)
     return tokenizer
+
+
+def _special_tokens(ids: Mapping[str, int], end_token: bool) -> processors.TemplateProcessing:
+    return processors.TemplateProcessing(
+        single=f"{CLS} $A {SEP}" if end_token else f"{CLS} $A",
+        special_tokens=[(CLS, ids[CLS]), (SEP, ids[SEP])],
+    )

@@ -17,6 +17,7 @@ from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
 from mmjax.evaluation.report import save_picture
 from mmjax.models import Encoded
+from mmjax.models.model import taken
 from mmjax.sharding import replicated, to_device
 
 
@@ -115,16 +116,14 @@ def encode_gallery(
     `data` is the data config: the length of texts, and how to read.
     A picture that cannot be read is left out, its captions with it, and counted.
     """
-    pictures = _encode(
-        subject, "encode_image", _encode_image, subject.batches(source, transform, data), ["image"]
-    )
+    batches = subject.batches(source, transform, data)
+    pictures = _encode(subject, "encode_image", _encode_image, batches)
     texts = EveryCaption(source, captions)
     words = _encode(
         subject,
         "encode_text",
         _encode_text,
         subject.batches(texts, TextExample(subject.tokenizer, data["text_length"]), data),
-        ["text", "text_mask"],
     )
     readable = np.isin(words["image_id"], pictures["image_id"])
     words = jax.tree.map(lambda array: array[readable], words)
@@ -173,32 +172,31 @@ def _encode(
     name: str,
     function: Callable[..., Any],
     batches: Iterator[Batch],
-    fields: list[str],
 ) -> dict[str, Any]:
     """The outputs of `function` over all batches, valid rows only, with what identifies them."""
     parts = []
     for batch in batches:
-        inputs = {key: batch[key] for key in [*fields, "image_id", "index", "valid"]}
-        outputs = subject.run(name, function, inputs)
+        outputs = subject.run(name, function, batch)
         valid = outputs.pop("valid")
         parts.append(jax.tree.map(lambda array, valid=valid: array[valid], outputs))
     return jax.tree.map(lambda *arrays: np.concatenate(arrays), *parts)
 
 
 def _encode_image(model, batch):
-    encoded = model.encode_image(batch["image"])
-    return {**_identity(batch), "encoded": encoded, "embedding": _embed(model, "image", encoded)}
+    encoded = model.encode_image(**taken(model.encode_image, batch))
+    _require_embeddings(model)
+    return {**_identity(batch), "encoded": encoded, "embedding": model.embed_image(encoded)}
 
 
 def _encode_text(model, batch):
-    encoded = model.encode_text(batch["text"], batch["text_mask"])
-    return {**_identity(batch), "encoded": encoded, "embedding": _embed(model, "text", encoded)}
+    encoded = model.encode_text(**taken(model.encode_text, batch))
+    _require_embeddings(model)
+    return {**_identity(batch), "encoded": encoded, "embedding": model.embed_text(encoded)}
 
 
-def _embed(model, modality, encoded):
-    if model.contrastive is None:
+def _require_embeddings(model):
+    if getattr(model, "contrastive", None) is None:
         raise InputError("this model has no contrastive head, which retrieval needs.")
-    return getattr(model.contrastive, modality)(encoded.pooled)
 
 
 def _identity(batch):
@@ -206,7 +204,7 @@ def _identity(batch):
 
 
 def _match(model, pair):
-    if model.matching is None:
+    if getattr(model, "matching", None) is None:
         raise InputError("this model has no image-text matching head; it cannot judge pairs.")
-    logits = model.matching(model.fuse(pair["image"], pair["text"]).pooled)
+    logits = model.match(model.fuse(pair["image"], pair["text"]))
     return jnp.asarray(logits[:, 1] - logits[:, 0], jnp.float32)

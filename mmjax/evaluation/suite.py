@@ -21,9 +21,8 @@ from mmjax.evaluation.encoding import Pictures, Subject, encode_gallery
 from mmjax.evaluation.matching import attention_examples, matching_examples, score_matching
 from mmjax.evaluation.report import Result
 from mmjax.evaluation.retrieval import retrieval_examples, score_retrieval
-from mmjax.models import ModelConfig
 
-# The fields of ModelConfig whose heads an evaluation asks; matching encodes as retrieval does.
+# The fields of a model's config whose heads an evaluation asks; matching encodes as retrieval does.
 HEADS = {
     "retrieval": ("embedding_width",),
     "matching": ("embedding_width", "matching"),
@@ -47,13 +46,11 @@ class Evaluation:
 
     config: Mapping[str, Any]
     data: Mapping[str, Any]
-    model: ModelConfig
+    model: Any
     source: Source
 
     @classmethod
-    def open(
-        cls, config: Mapping[str, Any], data: Mapping[str, Any], model: ModelConfig
-    ) -> "Evaluation":
+    def open(cls, config: Mapping[str, Any], data: Mapping[str, Any], model: Any) -> "Evaluation":
         """Open the data; InputError where what is asked for and the data do not go together."""
         needed = {name for name in HEADS if config[name]["run"]}
         task = "questions" if needed == {"vqa"} else "captions"
@@ -64,7 +61,7 @@ class Evaluation:
             )
         for name in needed:
             for field in HEADS[name]:
-                if not getattr(model, field):
+                if not getattr(model, field, None):
                     raise InputError(f"{name} needs a head that the model lacks: model.{field}.")
         if "retrieval" in needed and config["retrieval"]["rerank"] and not model.matching:
             raise InputError("retrieval.rerank needs a head that the model lacks: model.matching.")
@@ -105,11 +102,16 @@ class Evaluation:
             scores, pairs = score_matching(subject, gallery, matching)
             result = result.merge(scores)
             if pictures:
-                count, grid = matching["examples"], self.model.image.grid
-                examples = matching_examples(gallery, pairs, pictures, count)
-                maps = attention_examples(subject, gallery, pictures, grid, count)
-                result = result.merge(Result({}, {}, {"matching": examples, "attention": maps}))
+                count = matching["examples"]
+                drawn = {"matching": matching_examples(gallery, pairs, pictures, count)}
+                if (grid := getattr(self.model.image, "grid", None)) and self._has_attention():
+                    drawn["attention"] = attention_examples(subject, gallery, pictures, grid, count)
+                result = result.merge(Result({}, {}, drawn))
         return result
+
+    def _has_attention(self) -> bool:
+        """Whether words look at the picture in a fusion that can show where."""
+        return getattr(getattr(self.model, "fusion", None), "kind", "none") != "none"
 
     def _questions(
         self, subject: Subject, folder: Path | None, question_only: Subject | None

@@ -4,8 +4,9 @@ The lower layers of a BERT encode the text alone; the upper ones, with cross-att
 the tokens of a ViT.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,7 @@ from mmjax.models.heads import (
     MaskedLanguageHead,
     MatchingHead,
 )
-from mmjax.models.model import PairModel
+from mmjax.models.model import Moves, PairModel
 from mmjax.models.vit import ViT, ViTConfig
 
 
@@ -62,6 +63,15 @@ class AlbefConfig:
 class Albef(PairModel):
     """Pictures and texts in, features and scores out."""
 
+    # The lower layers of a BERT read, the upper ones fuse.
+    adopts: ClassVar[Mapping[str, Moves]] = {
+        "text": (
+            ("text/embeddings", "text/embeddings"),
+            ("text/blocks", "text/blocks"),
+            ("text/blocks", "fusion/blocks@last"),
+        )
+    }
+
     # A head, or None where the config has it not.
     contrastive: Any
     matching: Any
@@ -97,6 +107,11 @@ class Albef(PairModel):
             FusedClassifier(width, len(config.labels), text.dtype, rngs) if config.labels else None
         )
         self.text_assignment = linear(width, 3, "float32", rngs) if config.text_assignment else None
+
+    @property
+    def text_decoder(self) -> Any:
+        """What writes answers, or None."""
+        return self.decoder
 
     def fuse(
         self,
@@ -151,23 +166,23 @@ class Albef(PairModel):
         if self.text_assignment is not None:
             out["ta_logits"] = self.text_assignment(fused.pooled)
         if decoder_text is not None:
-            question = as_context(fused, text_mask)
+            question = self.answer_context(seen, fused, read)
             out["logits"] = self.decode(question, decoder_text, decoder_mask, decoder_key)
         return out
 
     def decode(
         self,
-        question: Encoded,
+        context: Encoded,
         decoder_text: Int[Array, "batch answer_length"],
         decoder_mask: Bool[Array, "batch answer_length"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch answer_length words"]:
-        """Scores of the word behind each token of an answer; `question` is `as_context(fused)`."""
-        return self._decoder()(decoder_text, decoder_mask, question, key=key)
+        """Scores of the word behind each token of an answer; see `answer_context`."""
+        return self._decoder()(decoder_text, decoder_mask, context, key=key)
 
     def rank_answers(
         self,
-        question: Encoded,
+        context: Encoded,
         answers: Int[Array, "answers answer_length"],
         answer_mask: Bool[Array, "answers answer_length"],
         top: int = 128,
@@ -177,7 +192,7 @@ class Albef(PairModel):
         As in the published code, an answer's first word chooses the candidates, and its log p is
         then added to that of the whole answer: it counts twice.
         """
-        chosen, first, whole = self._decoder().rank(question, answers, answer_mask, top)
+        chosen, first, whole = self._decoder().rank(context, answers, answer_mask, top)
         probabilities, order = jax.lax.top_k(jax.nn.softmax(first + whole), top)
         return jnp.take_along_axis(chosen, order, axis=1), probabilities
 
@@ -197,8 +212,3 @@ class FusedClassifier(nnx.Module):
     def __call__(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch labels"]:
         """Logits of every label, float32."""
         return self.classifier(jax.nn.relu(self.hidden(pooled)))
-
-
-def as_context(fused: Fused, text_mask: Bool[Array, "batch length"] | None) -> Encoded:
-    """A fused text as what a decoder looks at."""
-    return Encoded(tokens=fused.text_tokens, mask=text_mask, pooled=fused.pooled)

@@ -18,7 +18,7 @@ from mmjax.layers import (
     look_up,
     split_key,
 )
-from mmjax.models.features import Encoded
+from mmjax.models.features import Encoded, shifted
 from mmjax.sharding import gather_table
 
 # width, depth, heads, MLP width: the paper's section 3, and Turc et al. 2019 for the small ones.
@@ -82,9 +82,13 @@ class BertEmbeddings(nnx.Module):
         mask: Bool[Array, "batch length"] | None = None,
         types: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length width"] | None = None,
     ) -> Float[Array, "batch length width"]:
-        """Embed token ids; `mask` is true on tokens, and only RoBERTa's positions ask for it."""
-        return self.normalise(self.sum(text, mask, types), key)
+        """Embed token ids; `mask` is true on tokens, and only RoBERTa's positions ask for it.
+
+        `shift` is added to the words' vectors.
+        """
+        return self.normalise(shifted(self.sum(text, mask, types), shift), key)
 
     def sum(
         self,
@@ -154,10 +158,14 @@ class BertEncoder(nnx.Module):
         mask: Bool[Array, "batch length"] | None = None,
         types: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Encode token ids; `mask` is true on tokens, false on padding (None: all are tokens)."""
+        """Encode token ids; `mask` is true on tokens, false on padding (None: all are tokens).
+
+        `shift` is added to the words' vectors.
+        """
         key, embedding_key = split_key(key, 2)
-        x = self.embeddings(text, mask, types, key=embedding_key)
+        x = self.embeddings(text, mask, types, embedding_key, shift)
         tokens = self.blocks(x, None if mask is None else mask[:, None, :], key=key)
         if self.norm is not None:
             tokens = self.norm(tokens)

@@ -4,9 +4,11 @@ One kind of layer, BERT's with a cross-attention in it, makes three things: a te
 encoder that looks at the picture, and a decoder that looks at the picture or at a question.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -19,7 +21,7 @@ from mmjax.models.bert import BertConfig
 from mmjax.models.cross_attention import BertDecoder, CrossBert
 from mmjax.models.features import AnyArray, Encoded, Fused
 from mmjax.models.heads import ContrastiveConfig, ContrastiveHead, MatchingHead
-from mmjax.models.model import PictureModel
+from mmjax.models.model import Moves, PictureModel
 from mmjax.models.vit import ViT, ViTConfig
 
 DECODERS = ("", "image", "question")
@@ -72,8 +74,26 @@ class BlipConfig:
             )
 
 
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class BlipEncoded(Encoded):
+    """A text after its encoder, with its token ids: beside a picture they are read anew."""
+
+    ids: Int[AnyArray, "batch length"]
+
+
 class Blip(PictureModel):
     """Pictures and texts in, features, scores and texts out."""
+
+    adopts: ClassVar[Mapping[str, Moves]] = {
+        "text": (
+            ("text/embeddings/token_embedding", "text/embeddings/token_embedding"),
+            ("text/embeddings/position_embedding", "text/embeddings/position_embedding"),
+            ("text/embeddings/norm", "text/embeddings/norm"),
+            ("text/blocks", "text/blocks"),
+            ("text/blocks", "text_decoder/bert/blocks"),
+        )
+    }
 
     # A part, or None where the config has it not.
     text: Any
@@ -111,22 +131,14 @@ class Blip(PictureModel):
         text: Int[Array, "batch length"],
         text_mask: Bool[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
-    ) -> Encoded:
+    ) -> BlipEncoded:
         """Features of token ids, which have not seen a picture."""
-        return self._encoder()(text, text_mask, key=key)
+        read = self._encoder()(text, text_mask, key=key)
+        return BlipEncoded(read.tokens, read.mask, read.pooled, ids=text)
 
-    def fuse(
-        self,
-        image: Encoded,
-        text: Int[Array, "batch length"],
-        text_mask: Bool[Array, "batch length"] | None = None,
-        key: Key[Array, ""] | None = None,
-    ) -> Fused:
+    def fuse(self, image: Encoded, text: BlipEncoded, key: Key[Array, ""] | None = None) -> Fused:
         """Features of texts that look at the picture of the same row, from their ids on."""
-        if (token := self.config.pair_token) >= 0:
-            text = text.at[:, 0].set(token)
-        fused = self._encoder()(text, text_mask, image, key=key)
-        return Fused(image_tokens=image.tokens, text_tokens=fused.tokens, pooled=fused.pooled)
+        return self._fuse(image, jnp.asarray(text.ids), text.mask, key)
 
     def forward(
         self,
@@ -149,11 +161,10 @@ class Blip(PictureModel):
         context = seen = self.encode_image(image, image_key)
         out: dict[str, Any] = {"last_hidden_state": seen.tokens, "image_embeds": seen.tokens}
         if text is not None:
-            fused = self.fuse(seen, text, text_mask, fusion_key)
+            fused = self._fuse(seen, text, text_mask, fusion_key)
             out["question_embeds"] = fused.text_tokens
             if self.config.decoder == "question":
-                mask = None if self.config.sees_padding else text_mask
-                context = Encoded(fused.text_tokens, mask, fused.pooled)
+                context = self._question(fused, text_mask)
             if self.matching is not None:
                 out["itm_score"] = self.matching(fused.pooled)
             if self.contrastive is not None:
@@ -164,6 +175,10 @@ class Blip(PictureModel):
         if decoder_text is not None:
             out["logits"] = self.decode(context, decoder_text, decoder_mask, decoder_key)
         return out
+
+    def answer_context(self, image: Encoded, fused: Fused, text: Encoded) -> Encoded:
+        """What a decoder that answers looks at: the question, after it has seen the picture."""
+        return self._question(fused, text.mask)
 
     def decode(
         self,
@@ -218,7 +233,7 @@ class Blip(PictureModel):
         """The cache before the first token (`mmjax.decoding.Decoder`)."""
         context = self.encode_image(image)
         if text is not None:
-            fused = self.fuse(context, text, text_mask)
+            fused = self._fuse(context, text, text_mask)
             # Padding is looked at as well, in the original code and in `transformers`.
             context = Encoded(fused.text_tokens, None, fused.pooled)
         return self._decoder().start(padding, length, context)
@@ -228,6 +243,16 @@ class Blip(PictureModel):
     ) -> tuple[Float[Array, "rows words"], Cache]:
         """Scores of the word behind the last of the next tokens (`mmjax.decoding.Decoder`)."""
         return self._decoder().step(tokens, memory, at)
+
+    def _fuse(self, image, text, text_mask, key=None):
+        if (token := self.config.pair_token) >= 0:
+            text = text.at[:, 0].set(token)
+        fused = self._encoder()(text, text_mask, image, key=key)
+        return Fused(image_tokens=image.tokens, text_tokens=fused.tokens, pooled=fused.pooled)
+
+    def _question(self, fused, text_mask):
+        mask = None if self.config.sees_padding else text_mask
+        return Encoded(fused.text_tokens, mask, fused.pooled)
 
     def _share(self) -> None:
         """The same modules in both, so that there is one parameter, and one gradient, of each."""

@@ -67,9 +67,6 @@ class BridgeTower(Model):
     """BridgeTowerModel and …ForImageAndTextRetrieval, …ForMaskedLM, …ForContrastiveLearning."""
 
     # A head, or None where the config has it not.
-    matching: Any
-    masked_language: Any
-    contrastive: Any
     pair_projection: Any
 
     def __init__(self, config: BridgeTowerConfig, rngs: nnx.Rngs):
@@ -103,10 +100,14 @@ class BridgeTower(Model):
         self,
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         key: Key[Array, ""] | None = None,
+        image_shift: Float[Array, "batch length channels"] | None = None,
     ) -> EncodedLayers:
-        """Features of pictures (uint8, or float already normalised), as they enter the fusion."""
+        """Features of pictures (uint8, or float already normalised), as they enter the fusion.
+
+        `image_shift` is added to the vectors of the patches, and of the class token in front.
+        """
         key, embedding_key = split_key(key, 2)
-        x = self.image.embed(image, embedding_key)
+        x = self.image.embed(image, embedding_key, image_shift)
         layers = self.image.norm(self._last_layers(self.image.blocks, x, None, key))
         layers = self.fusion.enter_image(layers)
         return EncodedLayers(layers[:, -1], None, layers[:, -1, 0], layers)
@@ -116,11 +117,12 @@ class BridgeTower(Model):
         text: Int[Array, "batch length"],
         text_mask: Bool[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> EncodedLayers:
-        """Features of token ids."""
+        """Features of token ids; `text_shift` is added to the words' vectors."""
         key, embedding_key = split_key(key, 2)
         # The mask is not for the positions: those go by the ids alone.
-        x = self.text.embeddings(text, key=embedding_key)
+        x = self.text.embeddings(text, key=embedding_key, shift=text_shift)
         mask = None if text_mask is None else text_mask[:, None, :]
         layers = self._last_layers(self.text.blocks, x, mask, key)
         tokens = layers[:, -1]
@@ -157,14 +159,13 @@ class BridgeTower(Model):
         }
         scores = []
         if self.matching is not None:
-            out["itm_logits"] = self.matching(fused.pooled)
+            out["itm_logits"] = self.match(fused)
             scores.append(out["itm_logits"])
         if self.masked_language is not None:
-            out["mlm_logits"] = self.masked_language(fused.text_tokens, self.text.embeddings)
+            out["mlm_logits"] = self.score_words(fused.text_tokens)
             scores.append(out["mlm_logits"])
         if self.contrastive is not None:
-            texts = self.contrastive.text(encoded_text.pooled)
-            images = self.contrastive.image(encoded_image.pooled)
+            texts, images = self.embed_text(encoded_text), self.embed_image(encoded_image)
             pairs = unit(self.pair_projection(fused.pooled))
             out |= {"text_embeds": texts, "image_embeds": images, "cross_embeds": pairs}
             out["logits_per_image"] = self.contrastive.logits(images, texts)

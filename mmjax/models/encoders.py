@@ -13,12 +13,13 @@ from mmjax.models.efficientnet import EfficientNet, EfficientNetConfig
 from mmjax.models.features import Encoded
 from mmjax.models.heads import MaskedLanguageHead
 from mmjax.models.model import Model, PictureModel
+from mmjax.models.region_encoder import RegionConfig, RegionEncoder
 from mmjax.models.resnet import ResNet, ResNetConfig
 from mmjax.models.swin import Swin, SwinConfig
 from mmjax.models.text_tower import TextTower, TextTowerConfig
 from mmjax.models.vit import ViT, ViTConfig
 
-ImageConfig = ViTConfig | SwinConfig | ResNetConfig | EfficientNetConfig
+ImageConfig = ViTConfig | SwinConfig | ResNetConfig | EfficientNetConfig | RegionConfig
 TextConfig = BertConfig | TextTowerConfig
 
 IMAGE_ENCODERS: dict[type, Any] = {
@@ -26,12 +27,13 @@ IMAGE_ENCODERS: dict[type, Any] = {
     SwinConfig: Swin,
     ResNetConfig: ResNet,
     EfficientNetConfig: EfficientNet,
+    RegionConfig: RegionEncoder,
 }
 TEXT_ENCODERS: dict[type, Any] = {BertConfig: BertEncoder, TextTowerConfig: TextTower}
 
 
 def image_encoder(config: ImageConfig, rngs: nnx.Rngs) -> Any:
-    """The encoder of pictures that `config` describes: pictures in, `Encoded` out."""
+    """The encoder of pictures that `config` describes: pixels or regions in, `Encoded` out."""
     return IMAGE_ENCODERS[type(config)](config, rngs)
 
 

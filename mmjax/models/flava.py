@@ -74,11 +74,12 @@ class FlavaImage(ViT):
         self,
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length channels"] | None = None,
         patch_mask: Bool[Array, "batch patches"] | None = None,
     ) -> FlavaEncoded:
         """Encode pictures without the patches where `patch_mask` is true."""
         embedding_key, key = split_key(key, 2)
-        x = self.embed(image)
+        x = self.embed(image, shift=shift)
         if patch_mask is not None:
             x = self._hide(x, patch_mask)
         x = self.dropout(x, deterministic=embedding_key is None, rngs=embedding_key)
@@ -101,10 +102,11 @@ class FlavaText(BertEncoder):
         mask: Bool[Array, "batch length"] | None = None,
         types: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length width"] | None = None,
     ) -> FlavaEncoded:
         """Encode token ids; `mask` is true on tokens, false on padding (None: all are tokens)."""
         embedding_key, key = split_key(key, 2)
-        x = self.embeddings(text, mask, types, key=embedding_key)
+        x = self.embeddings(text, mask, types, embedding_key, shift)
         states = self.blocks(x, None if mask is None else mask[:, None, :], key=key)
         return _encoded(states, self.norm, mask)
 
@@ -160,8 +162,6 @@ class Flava(Model):
     """
 
     # A head, or None where the config has it not.
-    matching: Any
-    masked_language: Any
     masked_image: Any
     masked_text_alone: Any
     masked_image_alone: Any
@@ -194,9 +194,13 @@ class Flava(Model):
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         patch_mask: Bool[Array, "batch patches"] | None = None,
         key: Key[Array, ""] | None = None,
+        image_shift: Float[Array, "batch length channels"] | None = None,
     ) -> FlavaEncoded:
-        """Features of pictures (uint8, or float already normalised), masked patches hidden."""
-        return self.image(image, key, patch_mask)
+        """Features of pictures (uint8, or float already normalised), masked patches hidden.
+
+        `image_shift` is added to the vectors of the patches, and of the class token in front.
+        """
+        return self.image(image, key, image_shift, patch_mask)
 
     def encode_text(
         self,
@@ -204,15 +208,34 @@ class Flava(Model):
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> FlavaEncoded:
-        """Features of token ids."""
-        return self.text(text, text_mask, text_type, key=key)
+        """Features of token ids; `text_shift` is added to the words' vectors."""
+        return self.text(text, text_mask, text_type, key, text_shift)
 
     def fuse(
         self, image: FlavaEncoded, text: FlavaEncoded, key: Key[Array, ""] | None = None
     ) -> Fused:
         """Features of pairs: row i of the pictures with row i of the texts."""
         return self.fusion(image, text, key=key)
+
+    def score_codes(
+        self, tokens: Float[Array, "batch patches width"]
+    ) -> Float[Array, "batch patches codes"]:
+        """Logits of every code at every patch of a fused picture."""
+        return self.masked_image(tokens)
+
+    def score_codes_alone(
+        self, tokens: Float[Array, "batch patches width"]
+    ) -> Float[Array, "batch patches codes"]:
+        """Logits of every code at every patch of a picture that has not met its text."""
+        return self.masked_image_alone(tokens)
+
+    def score_words_alone(
+        self, tokens: Float[Array, "batch length width"]
+    ) -> Float[Array, "batch length words"]:
+        """Logits of every word at every position of a text that has not met its picture."""
+        return self.masked_text_alone(tokens, self.word_embeddings)
 
     def forward(
         self,
@@ -240,17 +263,17 @@ class Flava(Model):
         if image is not None:
             pictures = self.encode_image(image, patch_mask, image_key)
             out |= _describe("image", pictures.tokens, self.image.pooler)
-            out["image_embeds"] = self.contrastive.image(pictures.pooled)
+            out["image_embeds"] = self.embed_image(pictures)
         if text is not None:
             texts = self.encode_text(text, text_mask, text_type, text_key)
             out |= _describe("text", texts.tokens, self.text.pooler)
-            out["text_embeds"] = self.contrastive.text(texts.pooled)
+            out["text_embeds"] = self.embed_text(texts)
         if pictures is not None and texts is not None:
             return out | self._describe_pairs(out, self.fuse(pictures, texts, fusion_key))
         if pictures is not None and self.masked_image_alone is not None:
-            out["mim_logits"] = self.masked_image_alone(pictures.tokens)
+            out["mim_logits"] = self.score_codes_alone(pictures.tokens)
         if texts is not None and self.masked_text_alone is not None:
-            out["mlm_logits"] = self.masked_text_alone(texts.tokens, self.text.embeddings)
+            out["mlm_logits"] = self.score_words_alone(texts.tokens)
         return out
 
     def _describe_pairs(self, alone, fused):
@@ -261,9 +284,9 @@ class Flava(Model):
         out["contrastive_logits_per_text"] = logits.T
         if self.config.pretraining:
             patches = alone["image_embeddings"].shape[1] - 1
-            out["itm_logits"] = self.matching(fused.pooled)
-            out["mmm_image_logits"] = self.masked_image(fused.image_tokens[:, -patches:])
-            out["mmm_text_logits"] = self.masked_language(fused.text_tokens, self.text.embeddings)
+            out["itm_logits"] = self.match(fused)
+            out["mmm_image_logits"] = self.score_codes(fused.image_tokens[:, -patches:])
+            out["mmm_text_logits"] = self.score_words(fused.text_tokens)
         return out
 
 

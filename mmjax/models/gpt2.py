@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmjax.decoding import Cache, Generated, GenerationConfig, cache, generate
 from mmjax.errors import InputError, near_misses
 from mmjax.layers import Block, LayerConfig, Stack, embedding, layer_norm, split_key
-from mmjax.models.features import AnyArray
+from mmjax.models.features import AnyArray, Encoded
 from mmjax.models.model import Model
 from mmjax.sharding import gather_table
 
@@ -71,8 +71,7 @@ class GPT2(nnx.Module):
         self,
         text: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"] | None = None,
-        context: Float[Array, "batch keys width"] | None = None,
-        context_mask: Bool[Array, "batch keys"] | None = None,
+        context: Encoded | None = None,
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch length words"]:
         """Scores of the word behind each; `mask` is true on tokens, false on padding."""
@@ -87,18 +86,18 @@ class GPT2(nnx.Module):
         x = self.dropout(x, deterministic=key is None, rngs=embedding_key)
         visible = jnp.tril(jnp.ones((1, length, length), bool))
         visible = visible if mask is None else visible & mask[:, None, :]
-        context_mask = None if context_mask is None else context_mask[:, None, :]
-        return self._logits(self.blocks(x, visible, context, context_mask, key=key))
+        seen = context_mask = None
+        if context is not None:
+            seen = context.tokens
+            context_mask = None if context.mask is None else jnp.asarray(context.mask)[:, None, :]
+        return self._logits(self.blocks(x, visible, seen, context_mask, key=key))
 
     def start(
-        self,
-        padding: Int[Array, " batch"],
-        length: int,
-        context: Float[Array, "batch keys width"] | None = None,
-        context_mask: Bool[Array, "batch keys"] | None = None,
+        self, padding: Int[Array, " batch"], length: int, context: Encoded | None = None
     ) -> Cache:
         """The cache before the first token (`mmjax.decoding.Decoder`)."""
-        return cache.start(self.blocks, self.config, length, padding, context, context_mask)
+        seen = () if context is None else (context.tokens, context.mask)
+        return cache.start(self.blocks, self.config, length, padding, *seen)
 
     def step(
         self, tokens: Int[Array, "rows tokens"], memory: Cache, at: int | Int[Array, ""]

@@ -7,6 +7,7 @@ tie, and 3.14 is as near as they get.
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -26,6 +27,7 @@ class ContrastiveConfig:
     bias: bool = True  # of the projections
     logit_bias: bool = False  # a learnt number added to every similarity (SigLIP)
     scale: bool = True  # false: cosines as they are (BLIP in `transformers`)
+    factor: float = 1 / 0.07  # where a learnt factor starts, which is stored as its log (SigLIP 10)
     # Where a learnt number to divide by starts (ALIGN 1, ALBEF 0.07); 0: the log of a factor.
     temperature: float = 0.0
 
@@ -40,6 +42,8 @@ class ContrastiveHead(nnx.Module):
     def __init__(
         self, image_width: int, text_width: int, config: ContrastiveConfig, rngs: nnx.Rngs
     ):
+        self.width = config.width
+
         def projection(inputs: int) -> nnx.LinearGeneral:
             return linear(inputs, config.width, "float32", rngs, config.bias)
 
@@ -50,25 +54,29 @@ class ContrastiveHead(nnx.Module):
             nnx.Param(jnp.asarray(config.temperature, jnp.float32)) if divides else None
         )
         self.logit_scale = (
-            nnx.Param(jnp.log(jnp.asarray(1 / 0.07, jnp.float32)))
+            nnx.Param(jnp.log(jnp.asarray(config.factor, jnp.float32)))
             if config.scale and not divides
             else None
         )
         self.logit_bias = nnx.Param(jnp.asarray(-10.0)) if config.logit_bias else None
 
-    def image(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
-        """Unit vectors of pictures, float32."""
+    def image(self, pooled: Float[Array, "*batch width"]) -> Float[Array, "*batch embedding"]:
+        """Unit vectors of pictures, or of their tokens, float32."""
         return unit(self.project_image(pooled))
 
-    def text(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
-        """Unit vectors of texts, float32."""
+    def text(self, pooled: Float[Array, "*batch width"]) -> Float[Array, "*batch embedding"]:
+        """Unit vectors of texts, or of their tokens, float32."""
         return unit(self.project_text(pooled))
 
-    def project_image(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
+    def project_image(
+        self, pooled: Float[Array, "*batch width"]
+    ) -> Float[Array, "*batch embedding"]:
         """Vectors of pictures before they are brought to unit length."""
         return pooled if self.image_projection is None else self.image_projection(pooled)
 
-    def project_text(self, pooled: Float[Array, "batch width"]) -> Float[Array, "batch embedding"]:
+    def project_text(
+        self, pooled: Float[Array, "*batch width"]
+    ) -> Float[Array, "*batch embedding"]:
         """Vectors of texts before they are brought to unit length."""
         return pooled if self.text_projection is None else self.text_projection(pooled)
 
@@ -77,8 +85,12 @@ class ContrastiveHead(nnx.Module):
         images: Float[Array, "pictures embedding"],
         texts: Float[Array, "texts embedding"],
     ) -> Float[Array, "pictures texts"]:
-        """Scaled similarities of unit vectors."""
-        logits = self.scale * images @ texts.T
+        """Scaled similarities of unit vectors.
+
+        At full float32 precision: a TPU would round the factors to bfloat16, and the scale makes
+        tenths of a logit of that.
+        """
+        logits = self.scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
         return logits if self.logit_bias is None else logits + self.logit_bias[...]
 
     def outputs(
@@ -176,7 +188,7 @@ class MlpHead(nnx.Module):
         return self.classifier(x if self.norm is None else self.norm(x))
 
 
-def unit(x: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
+def unit(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
     """Vectors of length 1, float32."""
     x = x.astype(jnp.float32)
     # Inside the root, so that the gradient of a zero vector is finite.

@@ -1,7 +1,8 @@
 """LXMERT: words and regions in encoders of their own, then co-attention (Tan and Bansal 2019)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 from flax import nnx
@@ -19,10 +20,10 @@ from mmjax.layers import (
     split_key,
 )
 from mmjax.models.bert import BertEmbeddings
-from mmjax.models.features import Encoded, Fused
+from mmjax.models.features import Encoded, Fused, shifted
 from mmjax.models.fusion import CoAttention, CoAttentionConfig
 from mmjax.models.heads import MaskedLanguageHead, MatchingHead, MlpHead
-from mmjax.models.model import Model
+from mmjax.models.model import Model, Moves
 from mmjax.models.regions import StreamConfig, check_regions
 
 
@@ -56,11 +57,12 @@ class LxmertConfig:
 class Lxmert(Model):
     """LxmertModel, LxmertForQuestionAnswering and LxmertForPreTraining, by the heads it has."""
 
+    adopts: ClassVar[Mapping[str, Moves]] = {
+        "text": (("text/embeddings", "text_embeddings"), ("text/blocks", "text_blocks"))
+    }
+
     # A head, or None where the config has it not.
-    masked_language: Any
-    matching: Any
     region_head: Any
-    answering: Any
 
     def __init__(self, config: LxmertConfig, rngs: nnx.Rngs):
         self.config = config
@@ -89,10 +91,14 @@ class Lxmert(Model):
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Features of token ids; [CLS] is their pooled vector."""
+        """Features of token ids; [CLS] is their pooled vector.
+
+        `text_shift` is added to the words' vectors.
+        """
         embedding_key, key = split_key(key, 2)
-        x = self.text_embeddings(text, text_mask, text_type, key=embedding_key)
+        x = self.text_embeddings(text, text_mask, text_type, embedding_key, text_shift)
         return _encode(self.text_blocks, x, text_mask, key)
 
     def encode_image(
@@ -101,16 +107,36 @@ class Lxmert(Model):
         boxes: Float[Array, "batch regions 4"],
         region_mask: Bool[Array, "batch regions"] | None = None,
         key: Key[Array, ""] | None = None,
+        image_shift: Float[Array, "batch regions features"] | None = None,
     ) -> Encoded:
-        """Features of regions; nothing pools them, and the first stands for all."""
+        """Features of regions; nothing pools them, and the first stands for all.
+
+        `image_shift` is added to what the detector has of them.
+        """
         check_regions(regions, boxes, self.config.region_width)
         embedding_key, key = split_key(key, 2)
-        x = self.region_embeddings(regions, boxes, key=embedding_key)
+        x = self.region_embeddings(shifted(regions, image_shift), boxes, key=embedding_key)
         return _encode(self.region_blocks, x, region_mask, key)
 
     def fuse(self, image: Encoded, text: Encoded, key: Key[Array, ""] | None = None) -> Fused:
         """Features of pairs: row i of the pictures with row i of the texts."""
         return self.fusion(image, text, key=key)
+
+    @property
+    def word_embeddings(self) -> BertEmbeddings:
+        """The embeddings of words."""
+        return self.text_embeddings
+
+    @property
+    def region_heads(self) -> dict[str, nnx.LinearGeneral]:
+        """What masked regions are asked for, by name: those heads that the model has."""
+        return {} if self.region_head is None else self.region_head.heads
+
+    def score_regions(
+        self, image_tokens: Float[Array, "batch regions width"]
+    ) -> dict[str, Float[Array, "batch regions _"]]:
+        """What is said of every region after the fusion, by the names of `region_heads`."""
+        return self.region_head(image_tokens)
 
     def forward(
         self,
@@ -141,14 +167,13 @@ class Lxmert(Model):
             "pooled_output": fused.pooled,
         }
         if self.masked_language is not None:
-            embeddings = self.text_embeddings
-            out["prediction_logits"] = self.masked_language(fused.text_tokens, embeddings)
+            out["prediction_logits"] = self.score_words(fused.text_tokens)
         if self.matching is not None:
-            out["cross_relationship_score"] = self.matching(fused.pooled)
+            out["cross_relationship_score"] = self.match(fused)
         if self.region_head is not None:
-            out |= self.region_head(fused.image_tokens)
+            out |= self.score_regions(fused.image_tokens)
         if self.answering is not None:
-            out["question_answering_score"] = self.answering(fused.pooled)
+            out["question_answering_score"] = self.score_answers(fused)
         return out
 
 
@@ -217,14 +242,19 @@ class RegionHead(nnx.Module):
     def __call__(
         self, tokens: Float[Array, "batch regions width"]
     ) -> dict[str, Float[Array, "batch regions _"]]:
-        """Scores and features by name, float32; those that it lacks are absent."""
+        """Scores and features by name, float32."""
         x = self.norm(ACTIVATIONS[self.activation](self.transform(tokens)))
+        return {name: head(x) for name, head in self.heads.items()}
+
+    @property
+    def heads(self) -> dict[str, nnx.LinearGeneral]:
+        """Those that the config asks for, by the names of what they say."""
         heads = {
             "object_logits": self.objects,
             "attribute_logits": self.attributes,
             "region_features": self.features,
         }
-        return {name: head(x) for name, head in heads.items() if head is not None}
+        return {name: head for name, head in heads.items() if head is not None}
 
 
 def _encode(blocks: Stack, x: Array, mask: Array | None, key: Any) -> Encoded:

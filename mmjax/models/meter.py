@@ -84,12 +84,8 @@ class Meter(PairModel):
     """Pictures and texts in, features and scores out."""
 
     # A head, or None where the config has it not.
-    matching: Any
-    masked_language: Any
-    answering: Any
     reasoning: Any
     entailment: Any
-    ranking: Any
 
     def __init__(self, config: MeterConfig, rngs: nnx.Rngs):
         self.config = config
@@ -164,15 +160,15 @@ class Meter(PairModel):
             "pooled_output": fused.pooled,
         }
         if self.matching is not None:
-            out["itm_logits"] = self.matching(fused.pooled)
+            out["itm_logits"] = self.match(fused)
         if self.masked_language is not None:
-            out["mlm_logits"] = self.masked_language(fused.text_tokens, self.text.embeddings)
+            out["mlm_logits"] = self.score_words(fused.text_tokens)
         if self.answering is not None:
-            out["vqa_logits"] = self.answering(fused.pooled)
+            out["vqa_logits"] = self.score_answers(fused)
         if self.entailment is not None:
             out["ve_logits"] = self.entailment(fused.pooled)
         if self.ranking is not None:
-            out["rank_logits"] = self.ranking(fused.pooled)[:, 0]
+            out["rank_logits"] = self.rank(fused)
         if image_b is not None:
             if self.reasoning is None:
                 raise InputError("image_b is given, but this METER has no head for two pictures.")

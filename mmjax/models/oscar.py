@@ -7,6 +7,7 @@ that were detected in the picture.
 from dataclasses import dataclass
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key
@@ -46,7 +47,6 @@ class Oscar(RegionModel):
 
     # A head, or None where the config has it not.
     contrast: Any
-    matching: Any
     reasoning: Any
 
     def __init__(self, config: OscarConfig, rngs: nnx.Rngs):
@@ -88,6 +88,22 @@ class Oscar(RegionModel):
             return super().fuse(image, text, key)
         return self.fusion.run(image.tokens, text.tokens, attention_mask, key)
 
+    @property
+    def matcher(self) -> Any:
+        """That of retrieval, or else that of pre-training."""
+        return self.contrast if self.matching is None else self.matching
+
+    def match(self, fused: Fused) -> Float[Array, "batch 2"]:
+        """Logits of no and yes: does the text belong to the picture?
+
+        In pre-training yes is the class of clean pairs, and all kinds of pollution together are no.
+        """
+        logits = self.matcher(fused.pooled)
+        if self.matching is not None:
+            return logits
+        polluted = jax.nn.logsumexp(logits[:, 1:], axis=-1)
+        return jnp.stack([polluted, logits[:, 0]], axis=-1)
+
     def forward(
         self,
         text: Int[Array, "batch length"],
@@ -105,11 +121,11 @@ class Oscar(RegionModel):
         region_mask_b: Bool[Array, "batch regions_b"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
-        """The outputs of `describe`, and what the heads say of the pair.
+        """The outputs of `describe`, and what the other heads say.
 
-        `contrast_logits [B,contrasts]` (the first: nothing is polluted), `vqa_logits [B,answers]`,
-        `itm_logits [B,2]` (the second: they belong together); of a text and two pictures
-        `nlvr_logits [B,2]` (the second: it is true of them), all else then being of the first.
+        Of the pair `contrast_logits [B,contrasts]` (the first: nothing is polluted); of a text and
+        two pictures `nlvr_logits [B,2]` (the second: it is true of them), all else then being of
+        the first.
 
         `text_type` is 1 on the names of objects. `text_b` is the text with those of the second
         picture. With `attention_mask [B,L+R,L+R]`, words before regions, a caption is written:
@@ -123,10 +139,6 @@ class Oscar(RegionModel):
         out = self.describe(fused)
         if self.contrast is not None:
             out["contrast_logits"] = self.contrast(fused.pooled)
-        if self.answering is not None:
-            out["vqa_logits"] = self.answering(fused.pooled)
-        if self.matching is not None:
-            out["itm_logits"] = self.matching(fused.pooled)
         if text_b is not None and regions_b is not None and boxes_b is not None:
             second_keys = split_key(keys[3], 3)
             second = self.fuse(

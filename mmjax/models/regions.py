@@ -5,8 +5,9 @@ et al. 2018). Words are embedded as in BERT, regions by each family in its own w
 run through one stack of BERT's layers.
 """
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ from mmjax.models.bert import BertConfig, BertEmbeddings
 from mmjax.models.features import Encoded, Fused
 from mmjax.models.heads import MaskedLanguageHead
 from mmjax.models.merged import Merged
-from mmjax.models.model import Model
+from mmjax.models.model import Model, Moves
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,16 @@ class RegionModelConfig:
 class RegionModel(Model):
     """Words and regions in one stream. A family adds how regions enter it, and its heads."""
 
-    # A head, or None where the config has it not.
-    masked_language: Any
-    answering: Any
+    # A BERT becomes the stream. (Its types are not those of words and regions.)
+    adopts: ClassVar[Mapping[str, Moves]] = {
+        "text": (
+            ("text/embeddings/token_embedding", "text_embeddings/token_embedding"),
+            ("text/embeddings/position_embedding", "text_embeddings/position_embedding"),
+            ("text/embeddings/norm", "text_embeddings/norm"),
+            ("text/blocks", "fusion/blocks"),
+            ("text/pooler", "fusion/pooler"),
+        )
+    }
 
     def __init__(self, config: RegionModelConfig, rngs: nnx.Rngs):
         text = config.text
@@ -68,20 +76,41 @@ class RegionModel(Model):
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Token ids as they enter the stream; the first token stands for all."""
-        tokens = self.text_embeddings(text, text_mask, text_type, key)
+        """Token ids as they enter the stream; the first token stands for all.
+
+        `text_shift` is added to the words' vectors.
+        """
+        tokens = self.text_embeddings(text, text_mask, text_type, key, text_shift)
         return Encoded(tokens=tokens, mask=text_mask, pooled=tokens[:, 0])
 
     def fuse(self, image: Encoded, text: Encoded, key: Key[Array, ""] | None = None) -> Fused:
         """Features of pairs: row i of the pictures with row i of the texts."""
         return self.fusion(image.tokens, text.tokens, image.mask, text.mask, key=key)
 
-    def describe(self, fused: Fused) -> dict[str, Any]:
-        """The outputs that all families have, by name.
+    @property
+    def word_embeddings(self) -> BertEmbeddings:
+        """The embeddings of words."""
+        return self.text_embeddings
 
-        `sequence_output [B,L,D]` of words, `region_output [B,R,D]`, `pooled_output [B,D]`, and,
-        with that head, `mlm_logits [B,L,V]`.
+    @property
+    def region_heads(self) -> dict[str, Callable[[Array], Array]]:
+        """What masked regions are asked for, by name: those heads that the model has."""
+        return {}
+
+    def score_regions(
+        self, image_tokens: Float[Array, "batch regions width"]
+    ) -> dict[str, Float[Array, "batch regions _"]]:
+        """What is said of every region after the fusion, by the names of `region_heads`."""
+        return {name: head(image_tokens) for name, head in self.region_heads.items()}
+
+    def describe(self, fused: Fused) -> dict[str, Any]:
+        """What all families say under the same names, those outputs whose heads they have.
+
+        `sequence_output [B,L,D]` of words, `region_output [B,R,D]`, `pooled_output [B,D]`;
+        `mlm_logits [B,L,V]`, `itm_logits [B,2]` (the second: they belong together), `vqa_logits
+        [B,answers]`, and what `score_regions` says.
         """
         out = {
             "sequence_output": fused.text_tokens,
@@ -89,15 +118,12 @@ class RegionModel(Model):
             "pooled_output": fused.pooled,
         }
         if self.masked_language is not None:
-            out["mlm_logits"] = self.masked_language(fused.text_tokens, self.text_embeddings)
-        return out
-
-
-def mask_of(encoded: Encoded) -> Bool[Array, "batch length"]:
-    """True on tokens, whether or not a mask was given."""
-    if encoded.mask is None:
-        return jnp.ones(encoded.tokens.shape[:2], bool)
-    return jnp.asarray(encoded.mask)
+            out["mlm_logits"] = self.score_words(fused.text_tokens)
+        if self.matching is not None:
+            out["itm_logits"] = self.match(fused)
+        if self.answering is not None:
+            out["vqa_logits"] = self.score_answers(fused)
+        return out | self.score_regions(fused.image_tokens)
 
 
 def check_regions(regions: jax.Array, boxes: jax.Array | None, width: int) -> None:

@@ -8,7 +8,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmjax.errors import InputError, near_misses
 from mmjax.layers import Block, LayerConfig, Stack, embedding, layer_norm, linear
-from mmjax.models.features import Encoded
+from mmjax.models.features import Encoded, shifted
 from mmjax.sharding import gather_table
 
 POOLS = ("end", "largest", "last")
@@ -59,8 +59,12 @@ class TextTower(nnx.Module):
         text: Int[Array, "batch length"],
         mask: Bool[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Encode token ids; `mask` is true on what may be looked at (None: everything)."""
+        """Encode token ids; `mask` is true on what may be looked at (None: everything).
+
+        `shift` is added to the words' vectors.
+        """
         length = text.shape[1]
         if length > self.config.max_length:
             raise InputError(
@@ -69,6 +73,7 @@ class TextTower(nnx.Module):
             )
         table = gather_table(jnp.asarray(self.token_embedding.embedding[...], self.config.dtype))
         x = jnp.take(table, text, axis=0) + self.position_embedding(jnp.arange(length))
+        x = shifted(x, shift)
         tokens = self.norm(self.blocks(x, self._visible(length, mask), key=key))
         pooled = self._pool(text, tokens)
         return Encoded(tokens, mask, pooled if self.head is None else self.head(pooled))

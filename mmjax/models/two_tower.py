@@ -41,13 +41,21 @@ class TwoTower(PictureModel):
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Features of token ids; types are for a BERT alone."""
+        """Features of token ids; types are for a BERT alone.
+
+        `text_shift` is added to the words' vectors.
+        """
         if text_type is None:
-            return self.text(text, text_mask, key=key)
+            return self.text(text, text_mask, key=key, shift=text_shift)
         if not isinstance(self.config.text, BertConfig):
             raise InputError("this text encoder has no token types: leave text_type out.")
-        return self.text(text, text_mask, text_type, key=key)
+        return self.text(text, text_mask, text_type, key=key, shift=text_shift)
+
+    def embed_text(self, text: Encoded) -> Float[Array, "batch embedding"]:
+        """Unit vectors of encoded texts."""
+        return self.contrastive.text(self._summary(text))
 
     def forward(
         self,
@@ -57,6 +65,9 @@ class TwoTower(PictureModel):
         text: Int[Array, "texts length"] | None = None,
         text_mask: Bool[Array, "texts length"] | None = None,
         text_type: Int[Array, "texts length"] | None = None,
+        regions: Float[Array, "pictures regions features"] | None = None,
+        boxes: Float[Array, "pictures regions 4"] | None = None,
+        region_mask: Bool[Array, "pictures regions"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
         """Of pictures `image_embeds [B,E]`, of texts `text_embeds`, of both `logits_per_image`.
@@ -65,23 +76,25 @@ class TwoTower(PictureModel):
         """
         image_key, text_key = split_key(key, 2)
         out: dict[str, Any] = {}
-        if image is not None:
-            encoded = self.encode_image(image, image_key)
+        if image is not None or regions is not None:
+            found = {"regions": regions, "boxes": boxes, "region_mask": region_mask}
+            encoded = self.encode_image(image, image_key, **found)
             vector = self.contrastive.project_image(encoded.pooled)
             out["vision_model_output"] = self._describe(encoded, vector, self.config.image)
             out["image_embeds"] = unit(vector)
         if text is not None:
             encoded = self.encode_text(text, text_mask, text_type, text_key)
-            first = self.config.contrastive.text_token
-            vector = self.contrastive.project_text(
-                encoded.tokens[:, 0] if first else encoded.pooled
-            )
+            vector = self.contrastive.project_text(self._summary(encoded))
             out["text_model_output"] = self._describe(encoded, vector, self.config.text)
             out["text_embeds"] = unit(vector)
-        if image is not None and text is not None:
+        if "image_embeds" in out and "text_embeds" in out:
             logits = self.contrastive.logits(out["image_embeds"], out["text_embeds"])
             out["logits_per_image"], out["logits_per_text"] = logits, logits.T
         return out
+
+    def _summary(self, text: Encoded) -> Float[Array, "batch width"]:
+        """What stands for a text where it is compared."""
+        return text.tokens[:, 0] if self.config.contrastive.text_token else text.pooled
 
     def _describe(self, encoded, vector, config):
         """What Hugging Face calls pooler_output is the encoder's pooler, or else the projection."""

@@ -1,6 +1,8 @@
 """UNITER (Chen et al. 2020), and VILLA (Gan et al. 2020), its training against perturbations."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -19,14 +21,13 @@ from mmjax.layers import (
     linear,
     split_key,
 )
-from mmjax.models.features import Encoded, Fused
+from mmjax.models.features import Encoded, Fused, mask_of, shifted
 from mmjax.models.heads import MatchingHead, MlpHead
 from mmjax.models.regions import (
     RegionModel,
     RegionModelConfig,
     box_numbers,
     check_regions,
-    mask_of,
 )
 
 REASONINGS = ("paired", "paired_attention", "triplet")
@@ -63,8 +64,6 @@ class Uniter(RegionModel):
     # A head, or None where the config has it not.
     feature_regression: Any
     region_classification: Any
-    matching: Any
-    ranking: Any
     reasoning: Any
 
     def __init__(self, config: UniterConfig, rngs: nnx.Rngs):
@@ -86,20 +85,6 @@ class Uniter(RegionModel):
         self.ranking = linear(width, 1, "float32", rngs) if config.ranking else None
         self.reasoning = _reasoning(config, rngs)
 
-    def encode_text(
-        self,
-        text: Int[Array, "batch length"],
-        text_mask: Bool[Array, "batch length"] | None = None,
-        text_type: Int[Array, "batch length"] | None = None,
-        key: Key[Array, ""] | None = None,
-        text_shift: Float[Array, "batch length width"] | None = None,
-    ) -> Encoded:
-        """Token ids as they enter the stream; VILLA perturbs the words' vectors by `text_shift`."""
-        x = self.text_embeddings.sum(text, text_mask, text_type)
-        x = x if text_shift is None else x + text_shift
-        tokens = self.text_embeddings.normalise(x, key)
-        return Encoded(tokens=tokens, mask=text_mask, pooled=tokens[:, 0])
-
     def encode_image(
         self,
         regions: Float[Array, "batch regions features"],
@@ -108,14 +93,16 @@ class Uniter(RegionModel):
         region_masked: Bool[Array, "batch regions"] | None = None,
         key: Key[Array, ""] | None = None,
         picture: int = 0,
+        image_shift: Float[Array, "batch regions features"] | None = None,
     ) -> Encoded:
         """Regions as they enter the stream; the first stands for all.
 
-        `picture` is the number of this one among the text's.
+        `picture` is the number of this one among the text's. Features that `region_masked` hides
+        are replaced by a vector that is learnt. VILLA adds `image_shift` to features.
         """
         check_regions(regions, boxes, self.config.region_width)
         kind = self.text_embeddings.type_embedding(jnp.asarray(1 + picture))
-        tokens = self.region_embeddings(regions, boxes, kind, region_masked, key)
+        tokens = self.region_embeddings(regions, boxes, kind, region_masked, key, image_shift)
         return Encoded(tokens=tokens, mask=region_mask, pooled=tokens[:, 0])
 
     def forward(
@@ -125,7 +112,6 @@ class Uniter(RegionModel):
         boxes: Float[Array, "batch regions 4"],
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
-        text_shift: Float[Array, "batch length width"] | None = None,
         region_mask: Bool[Array, "batch regions"] | None = None,
         region_masked: Bool[Array, "batch regions"] | None = None,
         regions_b: Float[Array, "batch regions_b features"] | None = None,
@@ -133,19 +119,16 @@ class Uniter(RegionModel):
         region_mask_b: Bool[Array, "batch regions_b"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
-        """The outputs of `describe`, and what the heads say.
+        """The outputs of `describe`, and what the other heads say.
 
         Of regions, where `region_masked` hides some: `region_features [B,R,F]`, `region_logits
-        [B,R,classes]`. Of the pair: `itm_logits [B,2]` (the second: they belong together),
-        `rank_logits [B]`, `vqa_logits [B,answers]`. Of a text and two pictures: `nlvr_logits [B,2]`
-        (the second: it is true of them); the other outputs are then of the first picture, but in
-        a 'triplet', whose `region_output` holds the regions of both.
-
-        `text_shift` is added to the words' vectors; a shift of regions is one of `regions`.
+        [B,R,classes]`. Of the pair: `rank_logits [B]`. Of a text and two pictures: `nlvr_logits
+        [B,2]` (the second: it is true of them); the other outputs are then of the first picture,
+        but in a 'triplet', whose `region_output` holds the regions of both.
         """
         self._check_pictures(regions_b, boxes_b)
         text_key, image_key, second_key, fusion_key, head_key = split_key(key, 5)
-        words = self.encode_text(text, text_mask, text_type, text_key, text_shift)
+        words = self.encode_text(text, text_mask, text_type, text_key)
         image = self.encode_image(regions, boxes, region_mask, region_masked, image_key)
         if regions_b is None or boxes_b is None:
             return self._heads(self.fuse(image, words, fusion_key))
@@ -161,20 +144,20 @@ class Uniter(RegionModel):
         streams = _stream(fused, words, image), _stream(other, words, second)
         return self._heads(fused) | {"nlvr_logits": self.reasoning(*streams, head_key)}
 
-    def _heads(self, fused: Fused) -> dict[str, Any]:
-        out = self.describe(fused)
+    @property
+    def region_heads(self) -> dict[str, Callable[[Array], Array]]:
+        """`region_features` and `region_logits`, whose first class is the background."""
+        heads: dict[str, Callable[[Array], Array]] = {}
         if self.feature_regression is not None:
             projection = self.region_embeddings.features
-            out["region_features"] = self.feature_regression(fused.image_tokens, projection)
+            heads["region_features"] = partial(self.feature_regression, projection=projection)
         if self.region_classification is not None:
-            out["region_logits"] = self.region_classification(fused.image_tokens)
-        if self.matching is not None:
-            out["itm_logits"] = self.matching(fused.pooled)
-        if self.ranking is not None:
-            out["rank_logits"] = self.ranking(fused.pooled)[:, 0]
-        if self.answering is not None:
-            out["vqa_logits"] = self.answering(fused.pooled)
-        return out
+            heads["region_logits"] = self.region_classification
+        return heads
+
+    def _heads(self, fused: Fused) -> dict[str, Any]:
+        out = self.describe(fused)
+        return out if self.ranking is None else out | {"rank_logits": self.rank(fused)}
 
     def _check_pictures(self, regions: Any, boxes: Any) -> None:
         given = regions is not None, boxes is not None
@@ -205,11 +188,15 @@ class UniterRegionEmbeddings(nnx.Module):
         kind: Float[Array, " width"],
         masked: Bool[Array, "batch regions"] | None = None,
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch regions features"] | None = None,
     ) -> Float[Array, "batch regions width"]:
-        """Embed regions; `kind` is the vector of their type, `masked` hides features."""
+        """Embed regions; `kind` is the vector of their type, `masked` hides features.
+
+        `shift` is added to features, to hidden ones too.
+        """
         if masked is not None:
             regions = jnp.where(masked[..., None], self.mask_embedding(jnp.asarray(1)), regions)
-        features = self.features_norm(self.features(regions))
+        features = self.features_norm(self.features(shifted(regions, shift)))
         x = self.norm(features + self.box_norm(self.box(box_numbers(boxes, 7))) + kind)
         return self.dropout(x, deterministic=key is None, rngs=key)
 

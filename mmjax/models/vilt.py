@@ -1,7 +1,8 @@
 """ViLT: words and patches in one Transformer, with no encoder before it (Kim et al. 2021)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +13,10 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 from mmjax.errors import InputError
 from mmjax.layers import TABLE_INIT, LayerConfig, embedding, linear, split_key
 from mmjax.models.bert import BertConfig, BertEmbeddings
-from mmjax.models.features import Encoded, Fused
+from mmjax.models.features import Encoded, Fused, mask_of, shifted
 from mmjax.models.heads import AnsweringHead, MaskedLanguageHead, MatchingHead
 from mmjax.models.merged import Merged
-from mmjax.models.model import Model
+from mmjax.models.model import Model, Moves
 from mmjax.models.vit import normalise
 
 # Rows of the table that tells the parts of the stream from one another.
@@ -86,11 +87,18 @@ class ViltConfig(LayerConfig):
 class Vilt(Model):
     """ViltModel and its classes for masked words, questions, retrieval and reasoning."""
 
+    # A ViT becomes the stream.
+    adopts: ClassVar[Mapping[str, Moves]] = {
+        "image": (
+            ("image/patch", "image_embeddings/patch"),
+            ("image/class_token", "image_embeddings/class_token"),
+            ("image/position_embedding", "image_embeddings/position_embedding"),
+            ("image/blocks", "fusion/blocks"),
+            ("image/norm", "fusion/norm"),
+        )
+    }
+
     # A head, or None where the config has it not.
-    masked_language: Any
-    matching: Any
-    ranking: Any
-    answering: Any
     reasoning: Any
 
     def __init__(self, config: ViltConfig, rngs: nnx.Rngs):
@@ -118,15 +126,24 @@ class Vilt(Model):
             else None
         )
 
+    @property
+    def word_embeddings(self) -> BertEmbeddings:
+        """The embeddings of words."""
+        return self.text_embeddings
+
     def encode_text(
         self,
         text: Int[Array, "batch length"],
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Vectors of token ids as they enter the stream; the first stands for all."""
-        tokens = self.text_embeddings(text, text_mask, text_type, key=key)
+        """Vectors of token ids as they enter the stream; the first stands for all.
+
+        `text_shift` is added to the words' vectors.
+        """
+        tokens = self.text_embeddings(text, text_mask, text_type, key, text_shift)
         return self._of_kind(WORDS, tokens, text_mask)
 
     def encode_image(
@@ -135,18 +152,29 @@ class Vilt(Model):
         image_mask: Bool[Array, "batch height width"] | None = None,
         second: bool = False,
         key: Key[Array, ""] | None = None,
+        image_shift: Float[Array, "batch length channels"] | None = None,
     ) -> Encoded:
         """Vectors of patches as they enter the stream; a class token in front stands for all.
 
         `image_mask` is true on the picture itself, at the top left, and false on what fills up the
-        batch; `second` says that it is the other picture of a pair.
+        batch; `second` says that it is the other picture of a pair. `image_shift` is added to the
+        vectors of the patches, and of the class token in front.
         """
-        tokens, mask = self.image_embeddings(image, image_mask, key=key)
+        tokens, mask = self.image_embeddings(image, image_mask, key, image_shift)
         return self._of_kind(SECOND_PICTURE if second else FIRST_PICTURE, tokens, mask)
 
     def fuse(self, image: Encoded, text: Encoded, key: Key[Array, ""] | None = None) -> Fused:
         """Features of pairs: row i of the pictures with row i of the texts."""
         return self.fusion(image.tokens, text.tokens, image.mask, text.mask, key=key)
+
+    def aligned(
+        self, image: Encoded, text: Encoded
+    ) -> tuple[Bool[Array, "batch patches"], Bool[Array, "batch length"]]:
+        """True on patches and on words: not on the class token, [CLS] and the last token, [SEP]."""
+        patches, words = mask_of(image), mask_of(text)
+        places = jnp.arange(words.shape[1])
+        inner = (places > 0) & (places < words.sum(axis=1, keepdims=True) - 1)
+        return patches.at[:, 0].set(False), words & inner
 
     def forward(
         self,
@@ -173,13 +201,13 @@ class Vilt(Model):
         fused = self.fuse(encoded_image, encoded_text, fusion_key)
         scores = {}
         if self.masked_language is not None:
-            scores["mlm_logits"] = self.masked_language(fused.text_tokens, self.text_embeddings)
+            scores["mlm_logits"] = self.score_words(fused.text_tokens)
         if self.matching is not None:
-            scores["itm_logits"] = self.matching(fused.pooled)
+            scores["itm_logits"] = self.match(fused)
         if self.ranking is not None:
-            scores["rank_logits"] = self.ranking(fused.pooled)
+            scores["rank_logits"] = self.rank(fused)[:, None]
         if self.answering is not None:
-            scores["vqa_logits"] = self.answering(fused.pooled)
+            scores["vqa_logits"] = self.score_answers(fused)
         if image_b is not None:
             if self.reasoning is None:
                 raise InputError("image_b is given, but this ViLT has no head for two pictures.")
@@ -218,8 +246,12 @@ class PatchEmbeddings(nnx.Module):
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         image_mask: Bool[Array, "batch height width"] | None = None,
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch tokens channels"] | None = None,
     ) -> tuple[Float[Array, "batch tokens channels"], Bool[Array, "batch tokens"] | None]:
-        """Class token and patches, and a mask of them where there is one of the pixels."""
+        """Class token and patches, and a mask of them where there is one of the pixels.
+
+        `shift` is added to their vectors.
+        """
         config, side = self.config, self.config.patch_size
         if image.shape[1] % side or image.shape[2] % side:
             raise InputError(
@@ -237,7 +269,7 @@ class PatchEmbeddings(nnx.Module):
         x = (x + self._positions(real).astype(x.dtype)).reshape(len(x), -1, config.width)
         first = self.class_token[...] + self.position_embedding[:1]
         first = jnp.broadcast_to(first.astype(x.dtype), (len(x), 1, config.width))
-        x = jnp.concatenate([first, x], axis=1)
+        x = shifted(jnp.concatenate([first, x], axis=1), shift)
         x = self.dropout(x, deterministic=key is None, rngs=key)
         if image_mask is None:
             return x, None

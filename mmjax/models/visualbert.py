@@ -1,6 +1,6 @@
 """VisualBERT: words and regions in one BERT (Li et al. 2019, "VisualBERT: A Simple and …")."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -65,7 +65,7 @@ class VisualBert(RegionModel):
     def fuse(self, image: Encoded, text: Encoded, key: Key[Array, ""] | None = None) -> Fused:
         """Features of pairs: row i of the pictures with row i of the texts."""
         if self.top is None:
-            return super().fuse(image, text, key)
+            return replace(super().fuse(image, text, key), text_mask=text.mask)
         key, top_key = split_key(key, 2)
         length, masks = text.tokens.shape[1], (_keys(text), _keys(image))
         words = self.fusion.blocks(text.tokens, masks[0], key=key)
@@ -75,7 +75,23 @@ class VisualBert(RegionModel):
             image_tokens=tokens[:, length:],
             text_tokens=tokens[:, :length],
             pooled=jnp.tanh(self.fusion.pooler(tokens[:, 0])),
+            text_mask=text.mask,
         )
+
+    @property
+    def matcher(self) -> Any:
+        """The head that says whether the second caption is of another picture."""
+        return self.next_sentence
+
+    def match(self, fused: Fused) -> Float[Array, "batch 2"]:
+        """Logits of no and yes: does the text belong to the picture?"""
+        return self.matcher(fused.pooled)[:, ::-1]
+
+    def score_answers(
+        self, fused: Fused, key: Key[Array, ""] | None = None
+    ) -> Float[Array, "batch answers"]:
+        """Logits of the closed list of answers, read at the last word."""
+        return self.answering(self._drop(last_word(fused.text_tokens, fused.text_mask), key))
 
     def forward(
         self,
@@ -100,12 +116,11 @@ class VisualBert(RegionModel):
         tokens = jnp.concatenate([fused.text_tokens, fused.image_tokens], axis=1)
         out: dict[str, Any] = {"last_hidden_state": tokens, "pooler_output": fused.pooled}
         if self.masked_language is not None:
-            out["prediction_logits"] = self.masked_language(tokens, self.text_embeddings)
+            out["prediction_logits"] = self.score_words(tokens)
         if self.next_sentence is not None:
             out["seq_relationship_logits"] = self.next_sentence(fused.pooled)
         if self.answering is not None:
-            word = last_word(fused.text_tokens, text_mask)
-            out["logits"] = self.answering(self._drop(word, head_key))
+            out["logits"] = self.score_answers(fused, head_key)
         if self.classifier is not None:
             out["logits"] = self.classifier(self._drop(fused.pooled, head_key))
         return out

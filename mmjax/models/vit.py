@@ -20,7 +20,7 @@ from mmjax.layers import (
     linear,
     split_key,
 )
-from mmjax.models.features import Encoded
+from mmjax.models.features import Encoded, shifted
 
 # width, depth, heads, MLP width: the paper's table 1, and Touvron et al. 2021 (DeiT) for Ti and S.
 SIZES = {
@@ -103,10 +103,14 @@ class ViT(nnx.Module):
         self,
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length channels"] | None = None,
     ) -> Encoded:
-        """Encode pictures: uint8 ones are normalised here, float ones are taken as normalised."""
+        """Encode pictures: uint8 ones are normalised here, float ones are taken as normalised.
+
+        `shift` is added to the vectors of the patches, and of the class token in front.
+        """
         key, embedding_key = split_key(key, 2)
-        tokens = self.blocks(self.embed(image, embedding_key), key=key)
+        tokens = self.blocks(self.embed(image, embedding_key, shift), key=key)
         if not self.config.norm_tokens:
             return Encoded(tokens=tokens, mask=None, pooled=self.norm(tokens[:, 0]))
         tokens = self.norm(tokens)
@@ -116,6 +120,7 @@ class ViT(nnx.Module):
         self,
         image: Float[Array, "batch height width 3"] | UInt8[Array, "batch height width 3"],
         key: Key[Array, ""] | None = None,
+        shift: Float[Array, "batch length channels"] | None = None,
     ) -> Float[Array, "batch length channels"]:
         """What enters the first block: the patches in their places, behind the class token."""
         config = self.config
@@ -137,7 +142,7 @@ class ViT(nnx.Module):
                 self.class_token[...].astype(x.dtype), (x.shape[0], 1, x.shape[2])
             )
             x = jnp.concatenate([token, x], axis=1)
-        x = x + self.position_embedding[...].astype(x.dtype)
+        x = shifted(x + self.position_embedding[...].astype(x.dtype), shift)
         if self.embedding_norm is not None:
             x = self.embedding_norm(x)
         return self.dropout(x, deterministic=key is None, rngs=key)

@@ -4,6 +4,7 @@ Every element of the stream is of a word and of something seen. Words see the wh
 is the first region; regions have one word for all of them, and an end element follows the last.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmjax.errors import InputError, near_misses
 from mmjax.layers import TABLE_INIT, layer_norm, linear, split_key
-from mmjax.models.features import Encoded, Fused
+from mmjax.models.features import Encoded, Fused, mask_of, shifted
 from mmjax.models.heads import MatchingHead, MlpHead
 from mmjax.models.regions import (
     RegionModel,
@@ -22,7 +23,6 @@ from mmjax.models.regions import (
     StreamConfig,
     box_waves,
     check_regions,
-    mask_of,
 )
 from mmjax.models.visualbert import last_word
 
@@ -42,6 +42,8 @@ class VlBertConfig(RegionModelConfig):
     """VL-BERT with the heads of its pre-training, or with one for answers."""
 
     text: VlBertTextConfig
+    # Put the whole picture before its regions; false: the first region that is given is it.
+    whole_picture: bool = False
     box_width: int = 256  # an eighth of the numbers that describe a box
     region_classes: int = 0  # of masked regions; 0: no head, and no regions behind masks
     matching: bool = False
@@ -64,7 +66,6 @@ class VlBert(RegionModel):
 
     # A head, or None where the config has it not.
     region_classification: Any
-    matching: Any
 
     def __init__(self, config: VlBertConfig, rngs: nnx.Rngs):
         super().__init__(config, rngs)
@@ -89,14 +90,18 @@ class VlBert(RegionModel):
         text_mask: Bool[Array, "batch length"] | None = None,
         text_type: Int[Array, "batch length"] | None = None,
         key: Key[Array, ""] | None = None,
+        text_shift: Float[Array, "batch length width"] | None = None,
     ) -> Encoded:
-        """Token ids, not yet normalised: `fuse` adds what they see of the picture."""
+        """Token ids, not yet normalised: `fuse` adds what they see of the picture.
+
+        `text_shift` is added to the words' vectors.
+        """
         if (length := text.shape[1]) + 2 > (positions := self.config.text.max_length):
             raise InputError(
                 f"the text has {length} tokens; with the positions of regions and end these are "
                 f"{length + 2}, and text.max_length is {positions}."
             )
-        tokens = self.text_embeddings.sum(text, text_mask, text_type)
+        tokens = shifted(self.text_embeddings.sum(text, text_mask, text_type), text_shift)
         return Encoded(tokens=tokens, mask=text_mask, pooled=tokens[:, 0])
 
     def encode_image(
@@ -109,11 +114,16 @@ class VlBert(RegionModel):
     ) -> Encoded:
         """Regions, not yet placed: `fuse` does, for they stand behind the text.
 
-        What words see of the picture is the pooled vector.
+        What words see of the picture is the pooled vector. Features that `region_masked` hides are
+        replaced by a vector that is learnt.
         """
         check_regions(regions, boxes, self.config.region_width)
         if region_masked is not None and self.region_classification is None:
             raise InputError("this VlBert has no masks for regions: config.region_classes adds it.")
+        if self.config.whole_picture:
+            regions, boxes, region_mask, region_masked = with_whole_picture(
+                regions, boxes, region_mask, region_masked
+            )
         tokens, picture = self.region_embeddings(regions, boxes, region_masked, key)
         return Encoded(tokens=tokens, mask=region_mask, pooled=picture)
 
@@ -135,7 +145,23 @@ class VlBert(RegionModel):
             text_mask,
             key=key,
         )
-        return replace(fused, image_tokens=fused.image_tokens[:, :-1])
+        return replace(fused, image_tokens=fused.image_tokens[:, :-1], text_mask=text_mask)
+
+    @property
+    def region_heads(self) -> dict[str, Callable[[Array], Array]]:
+        """`region_logits`."""
+        head = self.region_classification
+        return {} if head is None else {"region_logits": head}
+
+    def score_regions(
+        self, image_tokens: Float[Array, "batch regions width"]
+    ) -> dict[str, Float[Array, "batch _ _"]]:
+        """What is said of every region that was given."""
+        return super().score_regions(image_tokens[:, int(self.config.whole_picture) :])
+
+    def score_answers(self, fused: Fused) -> Float[Array, "batch answers"]:
+        """Logits of the closed list of answers, read at the last word."""
+        return self.answering(last_word(fused.text_tokens, fused.text_mask))
 
     def forward(
         self,
@@ -148,15 +174,15 @@ class VlBert(RegionModel):
         region_masked: Bool[Array, "batch regions"] | None = None,
         key: Key[Array, ""] | None = None,
     ) -> dict[str, Any]:
-        """The outputs of `describe`, and what the heads say.
+        """The outputs of `describe`.
 
-        `region_logits [B,R,classes]`, where `region_masked` hides some; `itm_logits [B,2]` (the
-        second: they belong together); `vqa_logits [B,answers]`, read at the last word of the text,
-        a [MASK] that stands for the answer: [CLS] question [SEP] [MASK] [SEP], of types 0 to the
-        first [SEP] and 1 from there.
+        Among them `region_logits [B,R,classes]`, where `region_masked` hides some. `vqa_logits` are
+        read at the last word of the text, a [MASK] that stands for the answer: [CLS] question [SEP]
+        [MASK] [SEP], of types 0 to the first [SEP] and 1 from there.
 
         The first region is the whole picture, with the mean of the features of all others that are
-        not masked. A text alone is one without `regions` and `boxes`.
+        not masked. With `config.whole_picture` it is not given, but made here, and `region_output`
+        begins with it. A text alone is one without `regions` and `boxes`.
         """
         text_key, image_key, fusion_key = split_key(key, 3)
         words = self.encode_text(text, text_mask, text_type, text_key)
@@ -164,15 +190,7 @@ class VlBert(RegionModel):
             image = self._no_picture(text, regions, boxes)
         else:
             image = self.encode_image(regions, boxes, region_mask, region_masked, image_key)
-        fused = self.fuse(image, words, fusion_key)
-        out = self.describe(fused)
-        if self.region_classification is not None:
-            out["region_logits"] = self.region_classification(fused.image_tokens)
-        if self.matching is not None:
-            out["itm_logits"] = self.matching(fused.pooled)
-        if self.answering is not None:
-            out["vqa_logits"] = self.answering(last_word(fused.text_tokens, words.mask))
-        return out
+        return self.describe(self.fuse(image, words, fusion_key))
 
     def _no_picture(self, text: Array, regions: Any, boxes: Any) -> Encoded:
         if self.no_picture is None or regions is not None or boxes is not None:
@@ -222,6 +240,32 @@ class VlBertRegionEmbeddings(nnx.Module):
         inputs = self.dropout(inputs, deterministic=key is None, rngs=key)
         seen = jax.nn.relu(self.projection(inputs))
         return self.norm(seen) + word.astype(seen.dtype), seen[:, 0]
+
+
+def with_whole_picture(
+    regions: Float[Array, "batch regions features"],
+    boxes: Float[Array, "batch regions 4"],
+    mask: Bool[Array, "batch regions"] | None,
+    masked: Bool[Array, "batch regions"] | None,
+) -> tuple[Array, Array, Array | None, Array | None]:
+    """One region more, in front: all of the picture, with the mean of what is seen of the others.
+
+    What is masked is not seen, else the mean would give it away.
+    """
+    seen = jnp.ones(regions.shape[:2], bool) if mask is None else mask
+    seen = (seen if masked is None else seen & ~masked)[..., None]
+    mean = jnp.where(seen, regions, 0).sum(axis=1) / jnp.maximum(seen.sum(axis=1), 1)
+
+    def put(first: Any, rest: Array) -> Array:
+        first = jnp.broadcast_to(jnp.asarray(first, rest.dtype), rest[:, 0].shape)
+        return jnp.concatenate([first[:, None], rest], axis=1)
+
+    return (
+        put(mean, regions),
+        put([0, 0, 1, 1], boxes),
+        None if mask is None else put(True, mask),
+        None if masked is None else put(False, masked),
+    )
 
 
 def _classifier(config: VlBertConfig, rngs: nnx.Rngs) -> MlpHead:

@@ -3,107 +3,165 @@
 What a loss means never depends on how many devices or processes computed it.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError, near_misses
-from mmjax.models import ModelConfig, VisionLanguageModel
-from mmjax.objectives.answering import answering_objective
-from mmjax.objectives.contrastive import contrastive_objective
-from mmjax.objectives.loss import Features, Loss, purpose_key
-from mmjax.objectives.masked_language import masked_language_objective
-from mmjax.objectives.matching import NEGATIVES, matching_objective
+from mmjax.objectives.adversarial import Adversarial
+from mmjax.objectives.answer_generation import AnswerGeneration
+from mmjax.objectives.answering import Answering, AnswerLabels
+from mmjax.objectives.captioning import Captioning, PrefixLanguage
+from mmjax.objectives.contrastive import Contrastive, SigmoidContrastive, TokenContrastive
+from mmjax.objectives.distillation import (
+    AnswerDistillation,
+    MatchingDistillation,
+    SimilarityDistillation,
+    WordDistillation,
+)
+from mmjax.objectives.feature_distillation import (
+    AttentionDistillation,
+    EmbeddingDistillation,
+    RelationDistillation,
+)
+from mmjax.objectives.features import Features
+from mmjax.objectives.loss import Loss, purpose_key
+from mmjax.objectives.masked_codes import MaskedCodes, MaskedCodesAlone
+from mmjax.objectives.masked_language import MaskedLanguage
+from mmjax.objectives.masked_regions import (
+    RegionAttributes,
+    RegionDistributions,
+    RegionFeatures,
+    RegionLabels,
+)
+from mmjax.objectives.masking import Masking
+from mmjax.objectives.matching import Matching
+from mmjax.objectives.momentum import MomentumContrastive
+from mmjax.objectives.objective import Objective
+from mmjax.objectives.pairing import LabelledPairing, Pairing
+from mmjax.objectives.ranking import MarginRanking, Ranking
+from mmjax.schema import build
 
-__all__ = ["Features", "Loss", "Objective", "build_objectives", "compute_losses", "total_loss"]
+__all__ = [
+    "OBJECTIVES",
+    "Adversarial",
+    "Features",
+    "Loss",
+    "Masking",
+    "Objective",
+    "Task",
+    "build_objectives",
+]
 
-# By name: the function, the field of ModelConfig that gives its head, and whether it compares the
-# examples of a batch with each other, so that splitting the batch would change the loss.
-KINDS: dict[str, tuple[Callable[..., Loss], str, bool]] = {
-    "contrastive": (contrastive_objective, "embedding_width", True),
-    "matching": (matching_objective, "matching", True),
-    "masked_language": (masked_language_objective, "masked_language", False),
-    "answering": (answering_objective, "answers", False),
+# By their name in `config.objectives`. A new objective is a class, and a line here.
+OBJECTIVES: dict[str, type[Objective]] = {
+    "contrastive": Contrastive,
+    "sigmoid_contrastive": SigmoidContrastive,
+    "token_contrastive": TokenContrastive,
+    "momentum_contrastive": MomentumContrastive,
+    "matching": Matching,
+    "pairing": Pairing,
+    "labelled_pairing": LabelledPairing,
+    "ranking": Ranking,
+    "margin_ranking": MarginRanking,
+    "masked_language": MaskedLanguage,
+    "masked_codes": MaskedCodes,
+    "masked_codes_alone": MaskedCodesAlone,
+    "region_features": RegionFeatures,
+    "region_labels": RegionLabels,
+    "region_attributes": RegionAttributes,
+    "region_distributions": RegionDistributions,
+    "captioning": Captioning,
+    "prefix_language": PrefixLanguage,
+    "answering": Answering,
+    "answer_labels": AnswerLabels,
+    "answer_generation": AnswerGeneration,
+    "similarity_distillation": SimilarityDistillation,
+    "matching_distillation": MatchingDistillation,
+    "word_distillation": WordDistillation,
+    "answer_distillation": AnswerDistillation,
+    "embedding_distillation": EmbeddingDistillation,
+    "relation_distillation": RelationDistillation,
+    "attention_distillation": AttentionDistillation,
 }
 
 
-@dataclass(frozen=True)
-class Objective:
-    """One term of the training loss."""
+def build_objectives(config: Mapping[str, Mapping[str, Any]], model: Any) -> dict[str, Objective]:
+    """The terms of `config.objectives` with a positive weight, by name.
 
-    name: str
-    weight: float
-    function: Callable[..., Loss]
-    whole_batch: bool
-
-
-def build_objectives(
-    config: Mapping[str, Mapping[str, Any]], model: ModelConfig, tokenizer: TextTokenizer
-) -> tuple[Objective, ...]:
-    """The terms of `config.objectives` with a positive weight.
-
-    Raises InputError where a term needs a head that the model lacks.
+    Raises InputError where a term needs a part that the (abstract) model lacks.
     """
-    objectives = []
+    objectives = {}
     for name, options in config.items():
-        arguments = dict(options)
-        weight = arguments.pop("weight")
-        if weight <= 0:
-            continue
-        function, head, whole_batch = KINDS[name]
-        needed = [head]
-        if name == "matching":
-            if (negatives := arguments["negatives"]) not in NEGATIVES:
-                raise InputError(
-                    f"objectives.matching.negatives is {negatives!r}."
-                    + near_misses(negatives, NEGATIVES)
-                )
-            # Hard negatives are drawn by the contrastive similarities.
-            needed += ["embedding_width"] if negatives == "hard" else []
-        if name == "masked_language":
-            arguments |= {"mask_id": tokenizer.mask_id, "special_ids": tokenizer.special_ids}
-        for field in needed:
-            if not getattr(model, field):
-                raise InputError(
-                    f"objectives.{name} needs a head that the model lacks: set model.{field}."
-                )
-        objectives.append(Objective(name, weight, partial(function, **arguments), whole_batch))
+        if name not in OBJECTIVES:
+            raise InputError(f"objectives.{name} is unknown.{near_misses(name, OBJECTIVES)}")
+        objective = build(OBJECTIVES[name], options, f"objectives.{name}")
+        if objective.weight > 0:
+            objective.check(name, model)
+            objectives[name] = objective
     if not objectives:
         raise InputError("every weight in config.objectives is 0: there is nothing to train.")
-    return tuple(objectives)
+    return objectives
 
 
-def compute_losses(
-    objectives: tuple[Objective, ...],
-    model: VisionLanguageModel,
-    batch: Mapping[str, Array],
-    key: Key[Array, ""],
-    dropout_key: Key[Array, ""] | None = None,
-) -> dict[str, Loss]:
-    """Every objective's loss on one batch, encodings shared.
+@dataclass(frozen=True)
+class Task:
+    """What is learnt: a model's structure, and the objectives that it is trained on."""
 
-    `key` draws masks and negatives, by example; `dropout_key` dropout (None: evaluation).
-    """
-    features = Features(model, batch, dropout_key)
-    return {
-        objective.name: objective.function(features, purpose_key(key, objective.name))
-        for objective in objectives
-    }
+    graph: nnx.GraphDef
+    objectives: Mapping[str, Objective]
+    tokenizer: TextTokenizer
+    masking: Masking = field(default_factory=Masking)
+    adversarial: Adversarial = field(default_factory=Adversarial)
+    reference: nnx.GraphDef | None = None  # the structure of the model that teaches, if any
 
+    def losses(
+        self,
+        model: Any,
+        batch: Mapping[str, Array],
+        key: Key[Array, ""],
+        dropout_key: Key[Array, ""] | None = None,
+        **context: Any,
+    ) -> dict[str, Loss]:
+        """Every objective's loss on one batch, encodings shared.
 
-def total_loss(
-    objectives: tuple[Objective, ...],
-    losses: Mapping[str, Loss],
-    weights: Mapping[str, Float[Array, ""]],
-) -> Float[Array, ""]:
-    """The weighted sum of the objectives' means: each sum over its weight in the whole batch."""
-    terms = [
-        objective.weight * losses[objective.name].total / weights[objective.name]
-        for objective in objectives
-    ]
-    return jnp.stack(terms).sum()
+        `key` draws masks and negatives, by example; `dropout_key` dropout (None: evaluation);
+        `context` are the further arguments of `Features`. Without a `reference`, what is learnt
+        from it alone is left out.
+        """
+        features = Features(
+            model,
+            batch,
+            dropout_key,
+            draws=key,
+            tokenizer=self.tokenizer,
+            masking=self.masking,
+            **context,
+        )
+        return {
+            name: objective(features, purpose_key(key, name))
+            for name, objective in self.objectives.items()
+            if features.reference is not None or not objective.needs_reference
+        }
+
+    def total(
+        self, losses: Mapping[str, Loss], weights: Mapping[str, Float[Array, ""]]
+    ) -> Float[Array, ""]:
+        """The weighted sum of the objectives' means: each sum over its weight in the batch."""
+        terms = [
+            self.objectives[name].weight * loss.total / weights[name]
+            for name, loss in losses.items()
+        ]
+        return jnp.stack(terms).sum()
+
+    def memory(self, model: Any, batch_size: int) -> dict[str, dict[str, Array]]:
+        """What the objectives remember, at the start."""
+        memories = {
+            name: objective.memory(model, batch_size) for name, objective in self.objectives.items()
+        }
+        return {name: memory for name, memory in memories.items() if memory}

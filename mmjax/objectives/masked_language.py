@@ -1,69 +1,104 @@
 """Masked language modelling (MLM) of the text, with the picture at hand."""
 
+from dataclasses import dataclass
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Key
+from jaxtyping import Array, Bool, Float, Int
 
-from mmjax.objectives.loss import Features, Loss, example_keys, weighted
+from mmjax.objectives.features import Features
+from mmjax.objectives.loss import Loss, weighted
+from mmjax.objectives.momentum_distillation import MomentumDistilled
+from mmjax.objectives.objective import Objective
 
 
-def mask_tokens(
-    text: Int[Array, "batch length"],
-    maskable: Bool[Array, "batch length"],
-    keys: Key[Array, " batch"],
-    *,
-    rate: float,
-    mask_id: int,
-    vocabulary_size: int,
-) -> tuple[Int[Array, "batch length"], Bool[Array, "batch length"]]:
-    """BERT's corruption (Devlin et al. 2019, section 3.1), each row drawn from its own key.
+@dataclass(frozen=True)
+class MaskedLanguage(MomentumDistilled):
+    """Cross-entropy of the words behind the masks, given the rest of the text and the picture.
 
-    A token is chosen with probability `rate`; of the chosen, 80 % become [MASK], 10 % a word drawn
-    evenly from the vocabulary, 10 % stay. Returns the new text and where it was chosen.
+    With `distill` also with what the moving average reads there (Li et al. 2021, ALBEF, equation
+    7).
     """
 
-    def row(row_text, row_maskable, key):
-        choose, kind, word = jax.random.split(key, 3)
-        chosen = row_maskable & (jax.random.uniform(choose, row_text.shape) < rate)
-        u = jax.random.uniform(kind, row_text.shape)
-        words = jax.random.randint(word, row_text.shape, 0, vocabulary_size, row_text.dtype)
-        corrupted = jnp.where(u < 0.8, mask_id, jnp.where(u < 0.9, words, row_text))
-        return jnp.where(chosen, corrupted, row_text), chosen
-
-    return jax.vmap(row)(text, maskable, keys)
-
-
-def masked_language_objective(
-    features: Features,
-    key: jax.Array,
-    *,
-    rate: float,
-    mask_id: int,
-    special_ids: tuple[int, ...],
-) -> Loss:
-    """Cross-entropy of the words behind the masks, given the rest of the text and the picture."""
-    model, batch = features.model, features.batch
-    text, text_mask = batch["text"], batch["text_mask"]
-    maskable = text_mask & ~jnp.isin(text, jnp.asarray(special_ids)) & batch["valid"][:, None]
-    masked_text, chosen = mask_tokens(
-        text,
-        maskable,
-        example_keys(key, batch["index"]),
-        rate=rate,
-        mask_id=mask_id,
-        vocabulary_size=model.config.text.vocabulary_size,
+    formula: ClassVar[str] = (
+        "−(1 − α) log p(w | rest of the text, picture) + α H(p′, p), mean over masked tokens"
     )
-    encoded = model.encode_text(masked_text, text_mask, key=features.dropout_key("masked text"))
-    fused = model.fuse(features.image, encoded, features.dropout_key("masked fusion"))
-    logits = model.masked_language(fused.text_tokens, model.text.embeddings)
-    total, weight = weighted(word_loss(logits, text), chosen)
-    hit = logits.argmax(axis=-1) == text
-    return Loss(total, weight, {"masked_language/accuracy": weighted(hit, chosen)})
+    source: ClassVar[str] = "Devlin et al. 2019, BERT, section 3.1; Li et al. 2021, ALBEF, eq. 7"
+    needs: ClassVar[tuple[str, ...]] = ("masked_language",)
+
+    def __call__(self, features: Features, key: jax.Array) -> Loss:
+        """Which words are hidden is `features.masking`'s."""
+        logits = _logits(features)
+        losses = word_loss(logits, features.batch["text"])
+        losses = self.distilled(losses, logits, features, _logits)
+        return _loss("masked_language", losses, logits, features)
+
+
+@dataclass(frozen=True)
+class MaskedLanguageAlone(Objective):
+    """The same before the text has met its picture: BERT's objective, FLAVA's of texts."""
+
+    formula: ClassVar[str] = "−log p(w | rest of the text), mean over masked tokens"
+    source: ClassVar[str] = "Devlin et al. 2019, BERT, section 3.1"
+    needs: ClassVar[tuple[str, ...]] = ("masked_text_alone",)
+
+    def __call__(self, features: Features, key: jax.Array) -> Loss:
+        """Which words are hidden is `features.masking`'s, the same as for MaskedLanguage."""
+        logits = features.model.score_words_alone(features.words_masked.read.tokens)
+        losses = word_loss(logits, features.batch["text"])
+        return _loss("masked_language_alone", losses, logits, features)
+
+
+def _logits(features: Features) -> Float[Array, "batch length words"]:
+    return features.model.score_words(features.words_masked.fused.text_tokens)
+
+
+def _loss(
+    name: str,
+    losses: Float[Array, "batch length"],
+    logits: Float[Array, "batch length words"],
+    features: Features,
+) -> Loss:
+    """The mean over masked words, with the accuracy and what there is to beat."""
+    text, shown = features.batch["text"], features.words_masked.text
+    chosen, counted = features.words_masked.chosen, features.maskable_words
+    total, weight = weighted(losses, chosen)
+    blind = unigram_hits(text, shown, counted, features.tokenizer.mask_id, logits.shape[-1])
+    metrics = {
+        f"{name}/accuracy": weighted(logits.argmax(axis=-1) == text, chosen),
+        f"{name}/unigram_accuracy": weighted(blind, chosen),
+    }
+    return Loss(total, weight, metrics, scores=(logits, chosen.astype(jnp.float32)))
+
+
+def unigram_hits(
+    text: Int[Array, "batch length"],
+    shown: Int[Array, "batch length"],
+    counted: Bool[Array, "batch length"],
+    mask_id: int,
+    words: int,
+) -> Float[Array, "batch length"]:
+    """How often a guess is right that sees neither the picture nor the other words.
+
+    It repeats the word that it is shown, and guesses the most frequent of `words` words at [MASK].
+    How frequent that is follows from the words of the batch that are `counted`.
+    """
+    counts = jnp.zeros(words).at[text].add(counted)
+    frequency = counts.max() / jnp.maximum(counts.sum(), 1)
+    return jnp.where(shown == mask_id, frequency, shown == text)
 
 
 def word_loss(
-    logits: Float[Array, "batch length words"], text: Int[Array, "batch length"]
+    logits: Float[Array, "batch length words"],
+    text: Int[Array, "batch length"],
+    smoothing: float = 0.0,
 ) -> Float[Array, "batch length"]:
-    """Cross-entropy of each position's word."""
+    """Cross-entropy of each position's word.
+
+    With label smoothing ε the target is 1 − ε of it and ε of all words evenly (Szegedy et al. 2016,
+    section 7).
+    """
     log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    return -jnp.take_along_axis(log_p, text[..., None], axis=-1)[..., 0]
+    loss = -jnp.take_along_axis(log_p, text[..., None], axis=-1)[..., 0]
+    return (1 - smoothing) * loss - smoothing * log_p.mean(axis=-1) if smoothing else loss

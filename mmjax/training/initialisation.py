@@ -1,15 +1,107 @@
 """Starting from the parameters of another model or another task (`init_from`)."""
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
+from mmjax import weights
 from mmjax.errors import InputError
+from mmjax.models.model import Model, Moves
 from mmjax.rules import by_path
-from mmjax.training.checkpoints import Tree, listed
+from mmjax.training.checkpoints import Tree, listed, load_assets, load_parameters
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What parameters are taken from, for the whole model or for one part of it."""
+
+    folder: str
+    part: str  # '': the whole
+    assets: Mapping[str, Any]  # of our checkpoints; {} for public weights
+
+    def parameters(self, model: type[Model], initial: Tree) -> Tree:
+        """By the paths that they have in `model`, whose own are `initial`."""
+        if self.assets:
+            loaded = load_parameters(self.folder)
+        else:
+            loaded = jax.tree.map(
+                np.asarray, nnx.to_pure_dict(nnx.state(weights.load(self.folder)))
+            )
+        if not self.part:
+            return loaded
+        if self.part not in loaded:
+            raise InputError(
+                f"init_from.{self.part}: {self.folder} has no part of that name; it has "
+                f"{', '.join(loaded)}."
+            )
+        return placed(loaded, model.adopts.get(self.part, ((self.part, self.part),)), initial)
+
+    @property
+    def tokenizer(self) -> str:
+        """The JSON of a tokenizer of ours, or ''."""
+        return self.assets.get("tokenizer", "") if self.reads_text else ""
+
+    @property
+    def vocabulary(self) -> Path | None:
+        """BERT's vocabulary beside public weights, where there is one."""
+        path = Path(self.folder) / "vocab.txt"
+        return path if self.reads_text and path.exists() else None
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the words of a text encoder come from here."""
+        if self.part:
+            return self.part == "text"
+        return "tokenizer" in self.assets or "text" in self.assets.get("config", {"text": True})
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The closed list of its answers."""
+        trained = self.assets.get("config", {})
+        # Converted weights have a family's config alone.
+        return tuple(trained.get("model", trained).get("answers", ()))
+
+
+def placed(loaded: Tree, moves: Moves, initial: Tree) -> Tree:
+    """A tree of what lies under the first path of each move, under the second.
+
+    Where a stack has fewer layers there, it takes the first of them, or, where the path ends in
+    '@last', the last.
+    """
+    source, wanted = by_path(loaded), by_path(initial)
+    tree: Tree = {}
+    for start, move in moves:
+        target, _, which = move.partition("@")
+        for path, leaf in source.items():
+            if not f"{path}/".startswith(f"{start}/"):
+                continue
+            new_path = target + path.removeprefix(start)
+            if "/layers/" in new_path and new_path in wanted:
+                depth = wanted[new_path].shape[0]
+                leaf = leaf[-depth:] if which == "last" else leaf[:depth]
+            *parents, name = new_path.split("/")
+            functools.reduce(lambda node, key: node.setdefault(key, {}), parents, tree)[name] = leaf
+    return tree
+
+
+def starts(init_from: str | Mapping[str, str]) -> list[Start]:
+    """What `config.init_from` names: nothing, one source for all, or one for each part."""
+    parts = init_from if isinstance(init_from, Mapping) else {"": init_from}
+    return [Start(folder, part, _assets(folder)) for part, folder in parts.items() if folder]
+
+
+def _assets(folder: str) -> Mapping[str, Any]:
+    """Those of a checkpoint of ours, {} for weights of others."""
+    is_public = folder.startswith("hf://") or (Path(folder) / "config.json").exists()
+    is_ours = (Path(folder) / "checkpoints").exists()  # a workdir has a config.json too
+    return {} if is_public and not is_ours else load_assets(folder)
+
 
 Resize = Callable[[str, np.ndarray, tuple[int, ...]], np.ndarray | None]
 

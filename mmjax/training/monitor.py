@@ -12,7 +12,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from mmjax.errors import InputError
-from mmjax.training.diagnostics import MatchingPrior
+from mmjax.training.diagnostics import Diagnosis
 from mmjax.training.optimizer import make_schedule
 from mmjax.training.progress import MetricWriter, ProgressBar
 from mmjax.training.throughput import Stopwatch
@@ -54,7 +54,9 @@ class Monitor:
         )
         self._watch = Stopwatch(flops, config.batch_size)
         self._schedule = make_schedule(config.optimizer.to_dict(), config.total_steps)
-        self._matching_prior = MatchingPrior()
+        self._diagnosis = Diagnosis(
+            config.log.warn_after, warmup_steps=config.optimizer.schedule.warmup_steps
+        )
         self._pending: list[Mapping[str, jax.Array]] = []
         self._bad_records = 0
         self._profiling = self._profiled = False
@@ -102,9 +104,9 @@ class Monitor:
         means = {name: float(np.mean([m[name] for m in fetched])) for name in fetched[0]}
         means["bad_records"] = self._bad_records
         self._require_finite(step, means)
-        if warning := self._matching_prior.observe(step, means):
+        for warning in self._diagnosis.observe(step, means):
             logging.warning("%s", warning)
-            means["warnings/matching_prior"] = 1.0
+        means |= self._diagnosis.metrics
         self._check_bad_records(step)
         means["learning_rate"] = float(self._schedule(step - 1))
         means |= self._watch.lap(len(fetched))

@@ -4,6 +4,7 @@ The configuration's lists `rates`, `decays` and `bounds` all name parameters in 
 (pattern, value) pairs, see `mmjax.rules`. A rate of 0 freezes.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from mmjax.errors import InputError, near_misses
-from mmjax.rules import Rules, apply_rules, check_used, table
+from mmjax.rules import Rules, apply_rules, by_path, check_used, table
 from mmjax.training.state import Parameters
 
 # Weight decay is for matrices (as in ALBEF and CLIP): not for biases, LayerNorm, positions, tokens
@@ -130,17 +131,28 @@ def _per_leaf(function: Callable[..., Any], values: Parameters) -> optax.Gradien
     return optax.stateless(lambda updates, params: jax.tree.map(function, updates, params, values))
 
 
+def at_bounds(rules: Rules, params: Parameters) -> dict[str, jax.Array]:
+    """`PATH/at_lower_bound` and `PATH/at_upper_bound`: the share of a parameter's elements there.
+
+    Of the parameters that have such a bound.
+    """
+    values, shares = by_path(params), {}
+    for side, bounds in zip(("lower", "upper"), _bounds(rules, params), strict=True):
+        for path, bound in by_path(bounds).items():
+            if math.isfinite(bound):
+                near = jnp.isclose(values[path], bound, rtol=1e-3, atol=1e-6)
+                shares[f"{path}/at_{side}_bound"] = near.mean()
+    return shares
+
+
 def _bounded(rules: Rules, params: Parameters) -> optax.GradientTransformation:
     """Cut an update short where it would carry its parameter over a bound, as CLIP clamps."""
-    bounds = apply_rules([*rules, (".*", (-jnp.inf, jnp.inf))], params, key="optimizer.bounds")
-    lower, upper = (
-        jax.tree.map(lambda _, bound, side=side: bound[side], params, bounds) for side in (0, 1)
-    )
+    lower, upper = _bounds(rules, params)
     return optax.stateless(
         lambda updates, params: jax.tree.map(
             lambda update, param, low, high: (
                 update
-                if low == -jnp.inf and high == jnp.inf
+                if low == -math.inf and high == math.inf
                 else jnp.clip(param + update, low, high) - param
             ),
             updates,
@@ -149,3 +161,12 @@ def _bounded(rules: Rules, params: Parameters) -> optax.GradientTransformation:
             upper,
         )
     )
+
+
+def _bounds(rules: Rules, params: Parameters) -> tuple[Parameters, Parameters]:
+    """The lower and the upper bound of every parameter."""
+    bounds = apply_rules([*rules, (".*", (-math.inf, math.inf))], params, key="optimizer.bounds")
+    lower, upper = (
+        jax.tree.map(lambda _, bound, side=side: bound[side], params, bounds) for side in (0, 1)
+    )
+    return lower, upper

@@ -1,5 +1,6 @@
 """What a resolved config says, assembled and ready to be compiled."""
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,12 +14,20 @@ from ml_collections import ConfigDict
 
 from mmjax.config import model_config
 from mmjax.data.tokenizer import TextTokenizer
-from mmjax.models import ModelConfig
-from mmjax.objectives import Objective, build_objectives
+from mmjax.errors import InputError
+from mmjax.objectives import Adversarial, Masking, Task, build_objectives
+from mmjax.schema import build
 from mmjax.training import flops
 from mmjax.training.optimizer import learning_rates, make_optimizer
-from mmjax.training.state import TrainState, abstract_params, graph_of
+from mmjax.training.state import (
+    Parameters,
+    StateConfig,
+    TrainState,
+    abstract_model,
+    abstract_params,
+)
 from mmjax.training.step import compile_train_step, make_eval_step, make_train_step
+from mmjax.training.teacher import load_teacher
 
 
 @dataclass(frozen=True)
@@ -26,21 +35,48 @@ class Program:
     """A model, what it is trained on, and how it is updated."""
 
     config: ConfigDict
-    model: ModelConfig
-    graph: nnx.GraphDef
-    objectives: tuple[Objective, ...]
+    model: Any  # its config
+    task: Task
+    reference: Parameters | None  # of the model that teaches
     optimizer: optax.GradientTransformation
-    tokenizer: TextTokenizer
     mesh: Mesh
 
     @classmethod
     def build(cls, config: ConfigDict, tokenizer: TextTokenizer, mesh: Mesh) -> "Program":
         """Raises InputError where parts of the config do not fit each other."""
         model = model_config(config.model.to_dict())
-        objectives = build_objectives(config.objectives.to_dict(), model, tokenizer)
+        abstract = abstract_model(model)
+        objectives = build_objectives(config.objectives.to_dict(), abstract)
+        teacher = load_teacher(config, objectives, tokenizer, mesh)
+        task = Task(
+            graph=nnx.split(abstract)[0],
+            objectives=objectives,
+            tokenizer=tokenizer,
+            masking=build(Masking, config.masking.to_dict(), "masking"),
+            adversarial=build(Adversarial, config.adversarial.to_dict(), "adversarial"),
+            reference=None if teacher is None else teacher.graph,
+        )
+        if task.adversarial.steps:
+            task.adversarial.check(abstract)
+        learners = [name for name, term in task.objectives.items() if term.needs_average]
+        if learners and not config.optimizer.ema_decay:
+            raise InputError(
+                f"objectives.{learners[0]} learns from the moving average of the parameters: set "
+                "optimizer.ema_decay (ALBEF: 0.995)."
+            )
         params = abstract_params(model, mesh)
         optimizer = make_optimizer(config.optimizer.to_dict(), params, config.total_steps)
-        return cls(config, model, graph_of(model), objectives, optimizer, tokenizer, mesh)
+        reference = None if teacher is None else teacher.params
+        return cls(config, model, task, reference, optimizer, mesh)
+
+    @property
+    def contents(self) -> StateConfig:
+        """What its training state is made of."""
+        memory = functools.partial(
+            self.task.memory, abstract_model(self.model), self.config.batch_size
+        )
+        ema = self.config.optimizer.ema_decay > 0
+        return StateConfig(self.model, self.optimizer, ema=ema, memory=memory)
 
     def compile_step(self, state: TrainState, batch: Any) -> tuple[Callable[..., Any], float]:
         """The compiled training step, and its model FLOPs (see `mmjax.training.flops`).
@@ -49,20 +85,24 @@ class Program:
         """
         optimizer = self.config.optimizer.to_dict()
         step = make_train_step(
-            self.graph,
-            self.objectives,
+            self.task,
             self.optimizer,
             seed=self.config.seed,
             rates=learning_rates(optimizer, state.params),
+            bounds=optimizer["bounds"],
             accumulate=optimizer["accumulate"],
             ema_decay=optimizer["ema_decay"],
         )
-        forward = make_eval_step(self.objectives)
+        forward = make_eval_step(self.task)
         step_flops = flops.train_flops(
-            lambda params: forward(nnx.merge(self.graph, params), batch), state.params
+            lambda params: forward(nnx.merge(self.task.graph, params), batch), state.params
         )
         start = time.perf_counter()
-        compiled = compile_train_step(step, state, self.mesh).lower(state, batch).compile()
+        compiled = (
+            compile_train_step(step, state, self.mesh, self.reference)
+            .lower(state, batch, self.reference)
+            .compile()
+        )
         memory = compiled.memory_analysis()
         logging.info(
             "Compiled in %.0f s: %.3g model TFLOPs a step; a device holds %.2f GiB of state and "
@@ -72,9 +112,9 @@ class Program:
             memory.argument_size_in_bytes / 2**30,
             memory.temp_size_in_bytes / 2**30,
         )
-        return compiled, step_flops
+        return lambda state, batch: compiled(state, batch, self.reference), step_flops
 
     @property
     def assets(self) -> dict[str, Any]:
         """What goes into every checkpoint beside the state."""
-        return {"config": self.config.to_dict(), "tokenizer": self.tokenizer.to_json()}
+        return {"config": self.config.to_dict(), "tokenizer": self.task.tokenizer.to_json()}

@@ -1,13 +1,12 @@
 """How a run starts: resume the workdir, else initialise from a checkpoint, else from scratch."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-import optax
 from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -16,28 +15,44 @@ from mmjax import config as configuration
 from mmjax.data.pipeline import Source
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
-from mmjax.models import ModelConfig, resize_position_embedding
-from mmjax.training.checkpoints import Checkpointer, load_assets, load_parameters
-from mmjax.training.initialisation import merge_parameters
-from mmjax.training.state import TrainState, abstract_state, init_state, state_from_params
+from mmjax.models import model_class, resize_position_embedding
+from mmjax.objectives import OBJECTIVES
+from mmjax.training.checkpoints import Checkpointer, load_assets
+from mmjax.training.initialisation import merge_parameters, starts
+from mmjax.training.state import (
+    StateConfig,
+    TrainState,
+    abstract_state,
+    init_state,
+    state_from_params,
+)
+from mmjax.training.teacher import teacher_tokenizer
 
 
 def load_tokenizer(
     config: ConfigDict, source: Source, workdir: Path, resume: bool
 ) -> TextTokenizer:
-    """The resumed checkpoint's tokenizer, else a given vocabulary, else `init_from`'s, else new."""
+    """That of the resumed run, else as given, else `init_from`'s, else a teacher's, else new."""
     if resume:
         return TextTokenizer.from_json(load_assets(workdir)["tokenizer"])
+    return _new_tokenizer(config, source).with_end_token(config.data.end_token)
+
+
+def _new_tokenizer(config: ConfigDict, source: Source) -> TextTokenizer:
     if config.data.vocabulary:
         return TextTokenizer.from_vocabulary(config.data.vocabulary)
-    assets = load_assets(config.init_from) if config.init_from else {}
-    if "tokenizer" in assets:
-        return TextTokenizer.from_json(assets["tokenizer"])
-    if "text" in assets.get("config", {}):  # converted weights: other ids would be other words
-        raise InputError(
-            f"init_from: {config.init_from} holds a text encoder without a vocabulary of ours: set "
-            "data.vocabulary to the vocab.txt that it was trained with."
-        )
+    for start in starts(config.init_from):
+        if start.tokenizer:
+            return TextTokenizer.from_json(start.tokenizer)
+        if start.vocabulary:
+            return TextTokenizer.from_vocabulary(start.vocabulary)
+        if start.reads_text:  # other ids would be other words
+            raise InputError(
+                f"init_from: {start.folder} holds a text encoder without a vocabulary of ours: set "
+                "data.vocabulary to the vocab.txt that it was trained with."
+            )
+    if tokenizer := teacher_tokenizer(config.teacher.checkpoint):
+        return tokenizer
     tokenizer = TextTokenizer.train(source.texts(), config.data.vocabulary_size)
     logging.info("Trained a vocabulary of %d words on the data.", tokenizer.vocabulary_size)
     return tokenizer
@@ -47,50 +62,61 @@ def resolve(config: ConfigDict, tokenizer: TextTokenizer, source: Source) -> Con
     """The config with everything filled in that follows from the data; what is saved and built."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.model.image.image_size = config.model.image.image_size or config.data.image_size
-        config.model.text.vocabulary_size = (
-            config.model.text.vocabulary_size or tokenizer.vocabulary_size
-        )
-        if config.objectives.answering.weight > 0 and not config.model.answers:
+        for part in _parts(config.model):
+            if "image_size" in part:
+                part.image_size = part.image_size or config.data.image_size
+            if "vocabulary_size" in part:
+                part.vocabulary_size = part.vocabulary_size or tokenizer.vocabulary_size
+                _check_vocabulary(part.vocabulary_size, tokenizer)
+        answers = [n for n, o in OBJECTIVES.items() if "answering" in o.needs]
+        wanted = any(config.objectives[name].weight > 0 for name in answers)
+        if wanted and not config.model.answers:
             if not hasattr(source, "answer_list"):
                 raise InputError(
-                    "objectives.answering needs a closed list of answers: use a data source with "
-                    "questions (data.task='questions') or set model.answers."
+                    f"objectives.{answers[0]} needs a closed list of answers: use a data source "
+                    "with questions (data.task='questions') or set model.answers."
                 )
             config.model.answers = tuple(source.answer_list())
-    if config.model.text.vocabulary_size < tokenizer.vocabulary_size:
-        raise InputError(
-            f"model.text.vocabulary_size is {config.model.text.vocabulary_size}, but the tokenizer "
-            f"has {tokenizer.vocabulary_size} words. Set it to 0 to follow the tokenizer."
-        )
     return config
 
 
+def _parts(section: ConfigDict) -> Iterator[ConfigDict]:
+    """The section and all that are in it."""
+    yield section
+    for value in section.values():
+        if isinstance(value, ConfigDict):
+            yield from _parts(value)
+
+
+def _check_vocabulary(size: int, tokenizer: TextTokenizer) -> None:
+    if size < tokenizer.vocabulary_size:
+        raise InputError(
+            f"model.text.vocabulary_size is {size}, but the tokenizer has "
+            f"{tokenizer.vocabulary_size} words. Set it to 0 to follow the tokenizer."
+        )
+
+
 def start_state(
-    config: ConfigDict,
-    model: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    checkpointer: Checkpointer,
+    config: ConfigDict, contents: StateConfig, mesh: Mesh, checkpointer: Checkpointer
 ) -> TrainState:
     """The state to train on, by the start rules. Says on the log which rule it was."""
-    ema = config.optimizer.ema_decay > 0
     if (step := checkpointer.latest_step()) is not None:
         logging.info("Resuming at step %d.", step)
-        return checkpointer.restore(abstract_state(model, optimizer, mesh, ema=ema))
-    state = init_state(model, optimizer, mesh, seed=config.seed, ema=ema)
-    if not config.init_from:
+        return checkpointer.restore(abstract_state(contents, mesh))
+    state = init_state(contents, mesh, seed=config.seed)
+    found = starts(config.init_from)
+    if not found:
         logging.info("Starting from scratch.")
         return state
-    loaded = load_parameters(config.init_from)
-    trained = load_assets(config.init_from)["config"]
-    trained = trained.get("model", trained)  # converted weights have a family's config alone
-    if tuple(trained.get("answers", ())) != model.answers:
-        # The same column would mean another answer.
-        loaded.get("answering", {}).pop("classifier", None)
-    params, report = merge_parameters(state.params, loaded, resize=_resize)
-    logging.info("Initialising from %s: %s", config.init_from, report)
-    return state_from_params(params, optimizer, mesh, ema=ema)
+    params = state.params
+    for start in found:
+        loaded = start.parameters(model_class(contents.model), params)
+        if start.answers != getattr(contents.model, "answers", ()):
+            # The same column would mean another answer.
+            loaded.get("answering", {}).pop("classifier", None)
+        params, report = merge_parameters(params, loaded, resize=_resize)
+        logging.info("Initialising from %s: %s", start.folder, report)
+    return state_from_params(contents, params, mesh)
 
 
 def log_changes(saved: Mapping[str, Any], config: ConfigDict) -> None:
@@ -112,7 +138,8 @@ def parameter_counts(params: Mapping[str, Any]) -> str:
 
 def _resize(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
     """Position embeddings of pictures follow the resolution; nothing else changes its shape."""
-    if path == "image/position_embedding" and array.shape[1:] == shape[1:]:
+    is_image = path.startswith("image") and path.endswith("/position_embedding")
+    if is_image and array.shape[1:] == shape[1:]:
         return resize_position_embedding(array, shape[0])
     return None
 

@@ -1,7 +1,7 @@
 """The training state: all that a step needs from the one before it, and all that is saved."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -11,10 +11,11 @@ from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Int, Key
 
-from mmjax.models import ModelConfig, VisionLanguageModel
+from mmjax.models import build_model
 from mmjax.sharding import tree_shardings
 
 Parameters = dict[str, Any]
+Memory = dict[str, dict[str, jax.Array]]  # of the objectives, by objective and name
 
 
 @jax.tree_util.register_dataclass
@@ -29,75 +30,75 @@ class TrainState:
     step: Int[Array, ""]
     params: Parameters
     opt_state: optax.OptState
-    ema: Parameters | None
+    ema: Parameters | None  # the moving average of the parameters, which may teach as well
+    memory: Memory = field(default_factory=dict)  # queues, and what else objectives remember
 
 
-def graph_of(config: ModelConfig) -> nnx.GraphDef:
+@dataclass(frozen=True)
+class StateConfig:
+    """What a state is made of: the model's config, the update rule, and what goes with them."""
+
+    model: Any
+    optimizer: optax.GradientTransformation
+    ema: bool = False
+    memory: Callable[[], Memory] = dict  # at the start
+
+
+def graph_of(config: Any) -> nnx.GraphDef:
     """The model's structure without its parameters: what `nnx.merge` needs beside them."""
-    return nnx.split(nnx.eval_shape(lambda: VisionLanguageModel(config, nnx.Rngs(0))))[0]
+    return nnx.split(abstract_model(config))[0]
 
 
-def init_params(config: ModelConfig, key: Key[Array, ""]) -> Parameters:
+def abstract_model(config: Any) -> Any:
+    """The model with shapes in place of arrays."""
+    return nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+
+
+def init_params(config: Any, key: Key[Array, ""]) -> Parameters:
     """Fresh parameters."""
-    return nnx.to_pure_dict(nnx.split(VisionLanguageModel(config, nnx.Rngs(key)))[1])
+    return nnx.to_pure_dict(nnx.split(build_model(config, nnx.Rngs(key)))[1])
 
 
-def abstract_params(config: ModelConfig, mesh: Mesh) -> Parameters:
+def abstract_params(config: Any, mesh: Mesh) -> Parameters:
     """Shapes, types and shardings of the parameters, without any memory behind them."""
     shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
     return _with_shardings(shapes, mesh)
 
 
-def abstract_state(
-    config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool
-) -> TrainState:
+def abstract_state(config: StateConfig, mesh: Mesh) -> TrainState:
     """The whole state's shapes, types and shardings."""
-    return _with_shardings(jax.eval_shape(_initialise(config, optimizer, ema)), mesh)
+    return _with_shardings(jax.eval_shape(_initialise(config)), mesh)
 
 
-def init_state(
-    config: ModelConfig,
-    optimizer: optax.GradientTransformation,
-    mesh: Mesh,
-    *,
-    seed: int,
-    ema: bool,
-) -> TrainState:
+def init_state(config: StateConfig, mesh: Mesh, *, seed: int) -> TrainState:
     """A fresh state, born sharded: no device ever holds more than its part."""
-    abstract = abstract_state(config, optimizer, mesh, ema=ema)
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    initialise = jax.jit(_initialise(config, optimizer, ema, seed), out_shardings=shardings)
-    return initialise()
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
+    return jax.jit(_initialise(config, seed), out_shardings=shardings)()
 
 
-def state_from_params(
-    params: Parameters, optimizer: optax.GradientTransformation, mesh: Mesh, *, ema: bool
-) -> TrainState:
+def state_from_params(config: StateConfig, params: Parameters, mesh: Mesh) -> TrainState:
     """A state at step 0 with given parameters."""
     params = jax.device_put(
         params, jax.tree.map(lambda x: x.sharding, _with_shardings(params, mesh))
     )
-    build = _state_builder(optimizer, ema)
+    build = _state_builder(config)
     abstract = _with_shardings(jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)
 
 
-def _initialise(
-    config: ModelConfig, optimizer: optax.GradientTransformation, ema: bool, seed: int = 0
-) -> Callable[[], TrainState]:
-    build = _state_builder(optimizer, ema)
-    return lambda: build(init_params(config, jax.random.key(seed)))
+def _initialise(config: StateConfig, seed: int = 0) -> Callable[[], TrainState]:
+    build = _state_builder(config)
+    return lambda: build(init_params(config.model, jax.random.key(seed)))
 
 
-def _state_builder(
-    optimizer: optax.GradientTransformation, ema: bool
-) -> Callable[[Parameters], TrainState]:
+def _state_builder(config: StateConfig) -> Callable[[Parameters], TrainState]:
     def build(params: Parameters) -> TrainState:
         return TrainState(
             step=jnp.zeros((), jnp.int32),
             params=params,
-            opt_state=optimizer.init(params),
-            ema=jax.tree.map(jnp.copy, params) if ema else None,
+            opt_state=config.optimizer.init(params),
+            ema=jax.tree.map(jnp.copy, params) if config.ema else None,
+            memory=config.memory(),
         )
 
     return build

@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from mmjax import config as configuration
+from mmjax import schema
 from mmjax.errors import InputError, near_misses
 from mmjax.json_files import read_json
+from mmjax.models import build_model
 from mmjax.models.model import Model
-from mmjax.models.vision_language import VisionLanguageModel
 from mmjax.processing import load_pixels
 from mmjax.rules import by_path, path_name
 from mmjax.training.checkpoints import load_assets, load_parameters
@@ -213,7 +214,7 @@ def open_source(
     if family:
         original = f"{family}-original"  # the name alone is that of its class in transformers
         chosen = _named(original if original in FAMILIES else family, f"family={family!r}")
-        built = configuration.build(chosen.config, dict(config or {}), "config")
+        built = schema.build(chosen.config, dict(config or {}), "config")
         return Opened(chosen, built, open_tensors(path))
     if config is not None:
         raise InputError("config= describes an original checkpoint: give its family= as well.")
@@ -244,7 +245,7 @@ def _open_folder(folder: Path) -> Opened:
     family = _named(kind, f"{origin}: model_type {kind!r}")
     tensors = open_tensors(folder)
     if "mmjax" in description:
-        config = configuration.build(family.config, description["mmjax"], f"{origin}: mmjax")
+        config = schema.build(family.config, description["mmjax"], f"{origin}: mmjax")
     elif family.read is None:
         raise InputError(
             f"{origin} is not ours; original weights of {family.name} are loaded as a file, with "
@@ -278,11 +279,11 @@ def _load_checkpoint(source: str) -> Model:
     assets = load_assets(source)
     if "family" in assets:
         family = _named(assets["family"], f"{source}: family")
-        config = configuration.build(family.config, assets["config"], f"{source}: config")
+        config = schema.build(family.config, assets["config"], f"{source}: config")
         return _with_parameters(family.model, config, load_parameters(source), family.name)
     config = configuration.model_config(assets["config"]["model"])
     ema = assets["config"]["optimizer"]["ema_decay"] > 0
-    return _with_parameters(VisionLanguageModel, config, load_parameters(source, ema=ema))
+    return _with_parameters(build_model, config, load_parameters(source, ema=ema))
 
 
 def _with_parameters(

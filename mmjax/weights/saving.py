@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mmjax import config as configuration
+from mmjax import schema
 from mmjax.errors import InputError
 from mmjax.json_files import write_json
 from mmjax.models.model import Model
@@ -34,7 +34,7 @@ def save_huggingface(model: Model, folder: str | Path) -> None:
     if family.write is not None:
         description = family.write(model.config) | _pixels(model.config)
     else:
-        description = {"model_type": family.name, "mmjax": configuration.describe(model.config)}
+        description = {"model_type": family.name, "mmjax": schema.describe(model.config)}
     arrays = to_theirs(family.table(model.config), nnx.to_pure_dict(nnx.state(model)))
     write_safetensors(folder / "model.safetensors", arrays | _update_counts(arrays))
     files = {"config.json": description}
@@ -81,7 +81,7 @@ def save_checkpoint(model: Model, folder: str | Path) -> None:
         if checkpointer.steps:
             raise InputError(f"{folder} holds a checkpoint already; name another folder.")
         state = {"step": jnp.asarray(0), "params": nnx.to_pure_dict(nnx.state(model))}
-        assets = {"family": family.name, "config": configuration.describe(model.config)}
+        assets = {"family": family.name, "config": schema.describe(model.config)}
         checkpointer.save(0, state, assets, force=True)
     finally:
         checkpointer.close()

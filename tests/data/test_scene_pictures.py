@@ -10,6 +10,7 @@ from PIL import Image
 
 from mmjax.data import scenes
 from mmjax.data.scenes import Scenes, draw, make_scene, pixel_box
+from mmjax.errors import InputError
 
 
 @pytest.mark.parametrize("image_size", [64, 97, 224])
@@ -81,6 +82,55 @@ def test_region_features_tell_the_attributes():
     for target in (np.concatenate(shapes), np.concatenate(colors)):
         weights = np.linalg.lstsq(x[:400], np.eye(8)[target[:400]], rcond=None)[0]
         assert ((x[400:] @ weights).argmax(-1) == target[400:]).mean() > 0.99
+
+
+def test_blank_regions_are_like_those_of_a_scene():
+    blank, record = scenes.blank_regions(), Scenes("test", 1, regions=True)[0]
+    assert len(blank) == 6
+    for name, value in blank.items():
+        assert (value.shape, value.dtype) == (record[name].shape, record[name].dtype)
+        assert name == "region_mask" or not value.any()
+    assert blank["region_mask"].tolist() == [True, False, False, False]
+
+
+@pytest.mark.parametrize(("image_size", "grid"), [(64, 8), (97, 7), (224, 14)])
+def test_codes_tell_what_most_of_a_patch_shows(image_size, grid):
+    """Found again in the picture: a pixel belongs to the object whose removal changes it."""
+    seen, gaps = set(), []
+    for number in range(20):
+        codes = Scenes("train", 20, image_size=image_size, code_grid=grid)[number]["image_codes"]
+        assert (codes.shape, codes.dtype) == ((grid**2,), np.int32)
+        scene = make_scene("train", number)
+        empty = draw(type(scene)(scene.split, 0, number, (), scene.background), image_size)
+        shares = {0: 1 - _share(draw(scene, image_size), empty, grid)}
+        for thing in scene.objects:
+            alone = type(scene)(scene.split, 0, number, (thing,), scene.background)
+            code = 1 + scenes.COLORS.index(thing.color) * 6 + scenes.SHAPES.index(thing.shape)
+            shares[code] = _share(draw(alone, image_size), empty, grid)
+        largest = np.max(list(shares.values()), axis=0)
+        gaps += [largest[patch] - shares[code][patch] for patch, code in enumerate(codes.tolist())]
+        seen |= set(codes.tolist())
+    # Anti-aliased edges, a pixel wide, count as the object here.
+    assert max(gaps) < 0.4
+    assert np.mean(np.array(gaps) > 0) < 0.03
+    assert len(seen) > 15
+    assert max(seen) < scenes.IMAGE_CODES == 49
+
+
+def _share(picture, empty, grid):
+    """The share of every patch where two pictures differ."""
+    differs = (np.abs(picture.astype(int) - empty).max(-1) > 4).astype(float)
+    band = np.arange(len(differs)) * grid // len(differs)
+    counts = np.zeros((grid, grid))
+    np.add.at(counts, (band[:, None], band[None, :]), differs)
+    sizes = np.bincount(band)
+    return (counts / (sizes[:, None] * sizes)).ravel()
+
+
+@pytest.mark.parametrize("grid", [-1, 65])
+def test_impossible_grids_are_refused(grid):
+    with pytest.raises(InputError, match=f"code_grid={grid}"):
+        Scenes("train", 3, code_grid=grid)
 
 
 def test_the_sheet_is_written(tmp_path):

@@ -79,6 +79,68 @@ def test_too_short_a_length_is_refused(tokenizer):
         tokenizer.encode("a", 1)
 
 
+def test_pairs_have_types(tokenizer):
+    ids, mask, types = tokenizer.encode_pair("A dog", "unbelievable", 10)
+    assert tokenizer.tokens(ids) == (
+        ["[CLS]", "a", "dog", "[SEP]", "un", "##believ", "##able", "[SEP]", "[PAD]", "[PAD]"]
+    )
+    assert (ids.dtype, mask.dtype, types.dtype) == (np.int32, bool, np.int32)
+    assert mask.tolist() == [True] * 8 + [False] * 2
+    assert types.tolist() == [0] * 4 + [1] * 4 + [0] * 2
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ("a dog runs a dog", "cafe", "a dog runs [SEP] cafe"),
+        ("a", "dog runs cafe dog", "a [SEP] dog runs cafe"),
+        ("a dog runs", "dog runs a", "a dog [SEP] dog runs"),
+        ("", "", "[SEP]"),
+    ],
+)
+def test_of_a_pair_the_longer_text_is_cut(tokenizer, first, second, expected):
+    ids, mask, types = tokenizer.encode_pair(first, second, 7)
+    assert tokenizer.tokens(ids[mask]) == ["[CLS]", *expected.split(), "[SEP]"]
+    assert types[mask].sum() == len(expected.split("[SEP]")[1].split()) + 1
+
+
+def test_too_short_a_length_of_a_pair_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="length = 2"):
+        tokenizer.encode_pair("a", "dog", 2)
+
+
+def test_the_end_token_may_be_left_out(tokenizer):
+    open_end = tokenizer.with_end_token(False)
+    assert (tokenizer.end_token, open_end.end_token) == (True, False)
+    assert open_end.tokens(open_end.encode("a dog", 4)[0]) == ["[CLS]", "a", "dog", "[PAD]"]
+    assert open_end.tokens(open_end.encode("a dog runs", 3)[0]) == ["[CLS]", "a", "dog"]
+    ids, mask, types = open_end.encode_pair("a dog", "runs", 6)
+    assert open_end.tokens(ids[mask]) == ["[CLS]", "a", "dog", "[SEP]", "runs"]
+    assert types.tolist() == [0, 0, 0, 0, 1, 0]
+    for end_token in (False, True):
+        closed = tokenizer.encode("a dog", 5, end_token=end_token)
+        np.testing.assert_array_equal(open_end.encode("a dog", 5, end_token=end_token), closed)
+    again = TextTokenizer.from_json(open_end.to_json())
+    assert not again.end_token
+    assert again.with_end_token(True).to_json() == tokenizer.to_json()
+
+
+def test_pieces_that_go_on_with_a_word_are_known(tokenizer):
+    goes_on = [token.startswith("##") for token in TOKENS]
+    assert tokenizer.continues.dtype == bool
+    assert tokenizer.continues.tolist() == goes_on
+    assert sum(goes_on) == 2
+    assert tokenizer.continues is tokenizer.continues
+
+
+def test_count_is_the_room_that_a_text_takes(tokenizer):
+    prompt, caption = "a unbelievable", "dog runs"
+    assert tokenizer.count("") == 0
+    assert tokenizer.count(prompt) == 4
+    whole = tokenizer.encode(f"{prompt} {caption}", 12)[0]
+    assert tokenizer.tokens(whole[1 + tokenizer.count(prompt) :])[:2] == caption.split()
+
+
 @pytest.mark.parametrize(
     "copy",
     [

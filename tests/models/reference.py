@@ -12,8 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
 
-from mmjax.models import BertConfig, CoAttentionConfig, ModelConfig, ViTConfig
+from mmjax.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
+from mmjax.models import (
+    BertConfig,
+    CoAttentionConfig,
+    FusionConfig,
+    VisionLanguageConfig,
+    ViTConfig,
+)
 from mmjax.rules import leaf_paths, path_name
 
 Tree = dict[str, Any]
@@ -21,18 +30,24 @@ Tree = dict[str, Any]
 # ---- a tiny model, its parameters and its input
 
 
-def tiny_model(**changes: Any) -> ModelConfig:
+def tiny_model(**changes: Any) -> VisionLanguageConfig:
     """Width 32, two layers, 10 picture tokens; `text_remat='full'` changes one part's field."""
     layers = {"width": 32, "depth": 2, "heads": 4, "mlp_width": 64}
     parts = {
         "image": ViTConfig(**layers, image_size=24, patch_size=8),
         "text": BertConfig(**layers, vocabulary_size=40, max_length=16),
-        "fusion": CoAttentionConfig(**layers),
+        "fusion": FusionConfig(**layers),
     }
     for name in [name for name in changes if name.partition("_")[0] in parts]:
         part, _, key = name.partition("_")
         parts[part] = replace(parts[part], **{key: changes.pop(name)})
-    return ModelConfig(**parts, **{"embedding_width": 16, **changes})
+    return VisionLanguageConfig(**parts, **{"embedding_width": 16, **changes})
+
+
+def tiny_tokenizer() -> TextTokenizer:
+    """Of `tiny_model`'s 40 words."""
+    words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(5, 40))]
+    return TextTokenizer(Tokenizer(WordPiece(dict(zip(words, range(40), strict=True)))), "tests")
 
 
 def split(make: Callable[[], nnx.Module], seed: int = 0) -> tuple[nnx.GraphDef, Tree]:
@@ -60,7 +75,7 @@ def random_params(abstract: Tree, seed: int = 0) -> Tree:
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
 
-def tiny_batch(model: ModelConfig, rows: int, length: int = 11, seed: int = 0) -> Tree:
+def tiny_batch(model: VisionLanguageConfig, rows: int, length: int = 11, seed: int = 0) -> Tree:
     """Random pictures and texts: texts of several lengths, two rows of one picture, one invalid."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(4, length + 1, rows)

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from mmjax.errors import InputError
-from mmjax.models.albef import Albef, AlbefConfig, as_context
+from mmjax.models.albef import Albef, AlbefConfig
 from mmjax.models.bert import BertConfig
 from mmjax.models.vit import ViTConfig
 from mmjax.rules import by_path
@@ -155,11 +155,9 @@ def test_the_best_answer_is_found():
     answers = np.array([[1, *words] for words in itertools.permutations((5, 6, 7), 2)])
     mask = np.ones(answers.shape, bool)
     mask[::2, 2] = False
-    fused = model.fuse(
-        model.encode_image(inputs["image"]),
-        model.encode_text(inputs["text"], inputs["text_mask"]),
-    )
-    context = as_context(fused, inputs["text_mask"])
+    seen = model.encode_image(inputs["image"])
+    read = model.encode_text(inputs["text"], inputs["text_mask"])
+    context = model.answer_context(seen, model.fuse(seen, read), read)
     scores, decode = np.zeros((3, len(answers))), jax.jit(model.decode)
     for i, (answer, kept) in enumerate(zip(answers, mask, strict=True)):
         text = jnp.asarray(np.tile(answer, (3, 1)))

@@ -109,6 +109,23 @@ def test_whether_padding_of_a_question_is_seen(sees_padding):
     assert (float(np.abs(difference).max()) > 1e-3) == sees_padding
 
 
+@pytest.mark.parametrize("sees_padding", [False, True])
+def test_the_phases_make_the_whole(sees_padding):
+    """What objectives call one after another; rows are picked with the ids they are read by."""
+    model, inputs = model_of(replace(ANSWERING, sees_padding=sees_padding)), batch()
+    answer = jnp.asarray([[DEC, 5, 6], [DEC, 8, 9]])
+    whole = model(**inputs, decoder_text=answer)
+    image = model.encode_image(inputs["image"])
+    text = model.encode_text(inputs["text"], inputs["text_mask"])
+    fused = model.fuse(image, text)
+    np.testing.assert_array_equal(fused.text_tokens, whole["question_embeds"])
+    logits = model.decode(model.answer_context(image, fused, text), answer)
+    np.testing.assert_array_equal(logits, whole["logits"])
+    order = jnp.array([1, 0])
+    swapped = model.fuse(image.take(order), text.take(order))
+    np.testing.assert_allclose(swapped.pooled, fused.pooled[order], atol=1e-6)
+
+
 @pytest.mark.parametrize("begun", [False, True], ids=["", "begun"])
 def test_captions_are_the_likeliest_words_one_by_one(begun):
     """Without a cache: the whole text anew for every word, one picture at a time."""

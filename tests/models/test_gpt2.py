@@ -10,6 +10,7 @@ from flax import nnx
 
 from mmjax.errors import InputError
 from mmjax.models.captioner import Captioner, CaptionerConfig
+from mmjax.models.features import Encoded
 from mmjax.models.gpt2 import GPT2, GPT2Config, LanguageModel, LanguageModelConfig
 from mmjax.models.vit import ViTConfig
 from tests.models import reference
@@ -67,12 +68,13 @@ def in_numpy(params, text, mask, context=None, context_mask=None):
 def test_agrees_with_the_paper(cross):
     model, params = built(lambda: GPT2(SMALL, nnx.Rngs(0), cross))
     mask = jnp.asarray(np.arange(7) < np.array([[7], [5], [2]]))
-    context = {}
+    context, seen = None, ()
     if cross:
-        context["context"] = np.random.default_rng(1).normal(size=(3, 4, 24)).astype(np.float32)
-        context["context_mask"] = np.arange(4) < np.array([[4], [1], [3]])
-    found = model(texts(), mask, **jax.tree.map(jnp.asarray, context))
-    expected = in_numpy(params, np.asarray(texts()), np.asarray(mask), **context)
+        tokens = np.random.default_rng(1).normal(size=(3, 4, 24)).astype(np.float32)
+        seen = tokens, np.arange(4) < np.array([[4], [1], [3]])
+        context = Encoded(*map(jnp.asarray, seen), pooled=jnp.asarray(tokens[:, 0]))
+    found = model(texts(), mask, context)
+    expected = in_numpy(params, np.asarray(texts()), np.asarray(mask), *seen)
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 

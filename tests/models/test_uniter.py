@@ -1,9 +1,7 @@
-"""UNITER: masked regions, perturbed words, two pictures."""
+"""UNITER: masked regions, two pictures."""
 
 from dataclasses import replace
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -40,22 +38,6 @@ def test_features_behind_a_mask_are_not_seen():
     inputs["regions"][:, 1] += 3
     again = model(**inputs, region_masked=masked)["region_output"]
     np.testing.assert_array_equal(again, hidden)
-
-
-def test_a_shift_of_words_has_a_gradient():
-    model, inputs = build("uniter"), batch()
-    shift = jnp.zeros((3, 7, 24))
-    plain = model(**inputs)["vqa_logits"]
-    np.testing.assert_array_equal(model(**inputs, text_shift=shift)["vqa_logits"], plain)
-
-    def score(shift):
-        return model(**inputs, text_shift=shift)["vqa_logits"][:, 1].sum()
-
-    slope = jax.grad(score)(shift)
-    step = 1e-2 * slope / jnp.linalg.norm(slope)
-    rise = (score(step) - score(-step)) / 2e-2
-    np.testing.assert_allclose(rise, jnp.linalg.norm(slope), rtol=1e-2)
-    assert not np.asarray(slope)[~inputs["text_mask"]].any()
 
 
 @pytest.mark.parametrize("kind", ["paired", "paired_attention", "triplet"])

@@ -1,26 +1,21 @@
-"""Visual question answering as classification, and the choice of objectives by a config."""
-
-from types import SimpleNamespace
+"""Visual question answering as classification."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.data.tokenizer import TextTokenizer
-from mmjax.errors import InputError
-from mmjax.objectives import build_objectives, total_loss
-from mmjax.objectives.answering import answering_objective, soft_binary_cross_entropy
-from mmjax.objectives.loss import Features, Loss
-from tests.models.reference import tiny_model
+from mmjax.objectives import Features
+from mmjax.objectives.answering import Answering, AnswerLabels, soft_binary_cross_entropy
+from tests.objectives.fakes import FakeModel, batch_of
+from tests.objectives.region_models import batch, features
 
 
-def run(logits, targets, valid):
-    features = object.__new__(Features)
-    features.model = SimpleNamespace(answering=lambda pooled: jnp.asarray(logits))
-    features.batch = {"answer": jnp.asarray(targets), "valid": jnp.asarray(valid)}
-    features.__dict__["fused"] = SimpleNamespace(pooled=None)
-    return answering_objective(features, jax.random.key(0))
+def run(logits, targets, valid, objective=None, key=0, **fields):
+    model = FakeModel(score_answers=lambda fused: jnp.asarray(logits))
+    vectors = jnp.zeros((len(valid), 1))
+    given = batch_of(len(valid), image=vectors, text=vectors, answer=targets, valid=valid, **fields)
+    return (objective or Answering())(Features(model, given), jax.random.key(key))
 
 
 @pytest.mark.parametrize(("rows", "answers"), [(5, 7), (1, 3), (8, 1)])
@@ -52,73 +47,68 @@ def test_the_gradient_is_probability_less_target():
     np.testing.assert_allclose(gradient, jax.nn.sigmoid(logits) - targets, atol=1e-6)
 
 
-# ---- which objectives a config asks for
+# ---- one label of each question
 
-OFF = {
-    "contrastive": {"weight": 0.0},
-    "matching": {"weight": 0.0, "negatives": "hard"},
-    "masked_language": {"weight": 0.0, "rate": 0.15},
-    "answering": {"weight": 0.0},
-}
+SCORES = np.array([[0, 0.9, 0.3], [0, 0, 0], [1, 0, 0], [0.3, 0.3, 0.6]], np.float32)
+VALID = np.array([True, True, False, True])
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return TextTokenizer.train(["a red cube", "a blue ball and a cube"], 60)
+def name_one(logits, scores=SCORES, valid=VALID, **options):
+    return run(logits, scores, valid, AnswerLabels(), **options)
 
 
-def test_objectives_with_a_weight_are_built(tokenizer):
-    config = {
-        **OFF,
-        "contrastive": {"weight": 2.0},
-        "matching": {"weight": 0.5, "negatives": "hard"},
-        "answering": {"weight": 1.0},
-    }
-    built = build_objectives(config, tiny_model(answers=("yes",)), tokenizer)
-    assert [(o.name, o.weight, o.whole_batch) for o in built] == [
-        ("contrastive", 2.0, True),
-        ("matching", 0.5, True),
-        ("answering", 1.0, False),
-    ]
+def test_an_answer_is_drawn_by_its_share():
+    """The gradient, probability less target, tells which one."""
+    rows = 2500
+    scores, valid = np.tile(SCORES[3], (rows, 1)), np.ones(rows, bool)
+
+    def total(logits):
+        return name_one(logits, scores, valid).total
+
+    targets = 1 / 3 - np.asarray(jax.grad(total)(jnp.zeros((rows, 3))))
+    drawn = targets.argmax(axis=1)
+    np.testing.assert_allclose(targets, np.eye(3)[drawn], atol=1e-6)
+    shares = np.bincount(drawn, minlength=3) / rows
+    np.testing.assert_allclose(shares, [0.25, 0.25, 0.5], atol=5 * 0.5 / 50)
 
 
-@pytest.mark.parametrize(
-    ("changes", "model", "words"),
-    [
-        ({}, {}, "nothing to train"),
-        ({"contrastive": {"weight": 1.0}}, {"embedding_width": 0}, "model.embedding_width"),
-        (
-            {"matching": {"weight": 1.0, "negatives": "hard"}},
-            {"embedding_width": 0},
-            "model.embedding_width",
-        ),
-        ({"matching": {"weight": 1.0, "negatives": "hard"}}, {"matching": False}, "model.matching"),
-        ({"matching": {"weight": 1.0, "negatives": "hrd"}}, {}, "'hrd'"),
-        (
-            {"masked_language": {"weight": 1.0, "rate": 0.15}},
-            {"masked_language": False},
-            "model.masked_language",
-        ),
-        ({"answering": {"weight": 1.0}}, {}, "model.answers"),
-    ],
-    ids=str,
-)
-def test_objectives_that_cannot_be_are_refused(changes, model, words, tokenizer):
-    with pytest.raises(InputError) as error:
-        build_objectives({**OFF, **changes}, tiny_model(**model), tokenizer)
-    assert words in str(error.value)
+def test_rows_without_an_answer_do_not_count():
+    logits = np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32)
+    loss = name_one(logits)
+    assert loss.weight == 2
+    score, weight = loss.metrics["answer_labels/accuracy"]
+    best = SCORES[np.arange(4), logits.argmax(axis=1)]
+    np.testing.assert_allclose((score, weight), (best[[0, 3]].sum(), 2), rtol=1e-6)
+    np.testing.assert_array_equal(loss.scores[1], [1, 0, 0, 1])
+    gradient = jax.grad(lambda x: name_one(x).total)(jnp.asarray(logits))
+    assert np.isfinite(gradient).all()
+    assert gradient[np.array([0, 3])].any(axis=1).all()
+    assert not gradient[np.array([1, 2])].any()
+    nothing = name_one(logits, valid=np.zeros(4, bool))
+    assert (nothing.total, nothing.weight) == (0, 0)
 
 
-def test_the_total_is_the_weighted_sum_of_means(tokenizer):
-    config = {
-        **OFF,
-        "contrastive": {"weight": 2.0},
-        "masked_language": {"weight": 3.0, "rate": 0.1},
-    }
-    objectives = build_objectives(config, tiny_model(), tokenizer)
-    losses = {
-        "contrastive": Loss(jnp.asarray(8.0), jnp.asarray(4.0)),
-        "masked_language": Loss(jnp.asarray(6.0), jnp.asarray(12.0)),
-    }
-    weights = {name: loss.weight for name, loss in losses.items()}
-    assert total_loss(objectives, losses, weights) == 2 * 8 / 4 + 3 * 6 / 12
+def test_what_is_drawn_belongs_to_examples_not_to_rows():
+    logits = np.tile(np.random.default_rng(0).normal(size=3), (4, 1)).astype(np.float32)
+    order = np.array([3, 0, 2, 1])
+    index = np.array([7, 8, 9, 10])
+    for seed in range(5):
+        straight = name_one(logits, index=index, key=seed)
+        permuted = name_one(logits, SCORES[order], VALID[order], index=index[order], key=seed)
+        np.testing.assert_allclose(permuted.total, straight.total, rtol=1e-6)
+
+
+def test_of_a_model():
+    given = batch()
+    given["answer"] = np.eye(3, dtype=np.float32)[[0, 1, 2, 0, 1, 2]]
+    given["answer"][4] = 0
+    seen = features("lxmert", given)
+    inputs = ("text", "text_mask", "regions", "boxes", "region_mask")
+    out = seen.model(**{name: given[name] for name in inputs})["question_answering_score"]
+    x = np.asarray(out, np.float64)
+    p = np.exp(x) / np.exp(x).sum(axis=1, keepdims=True)
+    loss = AnswerLabels()(seen, jax.random.key(0))
+    counted = given["valid"] & (given["answer"].sum(axis=1) > 0)
+    expected = -np.log((p * given["answer"]).sum(axis=1)[counted]).sum()
+    np.testing.assert_allclose(loss.total, expected, rtol=1e-5)
+    assert loss.weight == counted.sum() == 4

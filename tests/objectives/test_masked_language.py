@@ -1,17 +1,23 @@
 """Masked language modelling."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import Encoded
-from mmjax.objectives.loss import Features, example_keys
-from mmjax.objectives.masked_language import mask_tokens, masked_language_objective, word_loss
-
-WORDS, MASK, SPECIAL = 50, 4, (0, 1, 2, 3, 4)  # [PAD] [UNK] [CLS] [SEP] [MASK]
+from mmjax.objectives import Features, Masking
+from mmjax.objectives.loss import example_keys, purpose_key
+from mmjax.objectives.masked_language import MaskedLanguage, MaskedLanguageAlone, word_loss
+from mmjax.objectives.masking import mask_tokens
+from tests.objectives.fakes import (
+    CONTINUES,
+    MASK,
+    SPECIAL,
+    WORDS,
+    FakeModel,
+    FakeTokenizer,
+    batch_of,
+)
 
 
 def texts(rows, length=20, seed=0):
@@ -25,12 +31,19 @@ def texts(rows, length=20, seed=0):
     return np.where(mask, text, 0).astype(np.int32), mask
 
 
-def corrupt(text, maskable, key=0, index=None, rate=0.15):
+def corrupt(text, maskable, key=0, index=None, rate=0.15, whole_words=False):
     index = np.arange(len(text)) if index is None else index
     keys = example_keys(jax.random.key(key), jnp.asarray(index))
+    continues = jnp.asarray(FakeTokenizer().continues) if whole_words else None
     out = jax.jit(
         lambda text, maskable: mask_tokens(
-            text, maskable, keys, rate=rate, mask_id=MASK, vocabulary_size=WORDS
+            text,
+            maskable,
+            keys,
+            rate=rate,
+            mask_id=MASK,
+            vocabulary_size=WORDS,
+            continues=continues,
         )
     )(jnp.asarray(text), jnp.asarray(maskable))
     return [np.asarray(x) for x in out]
@@ -83,52 +96,68 @@ def test_masks_belong_to_examples_not_to_rows():
     assert len(np.unique(chosen, axis=0)) > 20
 
 
-def run(text, mask, valid, logits, key=0):
-    """The objective, with a model that answers `logits` and records the text that it saw."""
-    seen = {}
-    encoded = Encoded(
-        tokens=jnp.zeros((*text.shape, 1)), mask=None, pooled=jnp.zeros((len(text), 1))
-    )
-
-    def encode_text(text, mask, key):
-        seen["text"] = np.asarray(text)
-        return encoded
-
-    features = object.__new__(Features)
-    features.key = None
-    features.__dict__["image"] = encoded
-    features.model = SimpleNamespace(
-        config=SimpleNamespace(text=SimpleNamespace(vocabulary_size=WORDS)),
-        text=SimpleNamespace(embeddings=None),
-        encode_text=encode_text,
-        fuse=lambda image, text, key: SimpleNamespace(text_tokens=text.tokens),
-        masked_language=lambda tokens, encoder: jnp.asarray(logits),
-    )
-    features.batch = {
-        "text": jnp.asarray(text),
-        "text_mask": jnp.asarray(mask),
-        "valid": jnp.asarray(valid),
-        "index": jnp.arange(len(text)),
-    }
-    loss = masked_language_objective(
-        features, jax.random.key(key), rate=0.5, mask_id=MASK, special_ids=SPECIAL
-    )
-    return loss, seen["text"]
+def test_whole_words_are_masked_or_left():
+    text, mask = texts(4000)
+    maskable = mask & ~np.isin(text, SPECIAL)
+    masked, chosen = corrupt(text, maskable, rate=0.3, whole_words=True)
+    assert not chosen[~maskable].any()
+    # A piece, and one behind it that goes on with the same word.
+    goes_on = (text[:, 1:] >= CONTINUES) & maskable[:, 1:] & maskable[:, :-1]
+    assert goes_on.sum() > 1000
+    np.testing.assert_array_equal(chosen[:, 1:][goes_on], chosen[:, :-1][goes_on])
+    # Words are chosen at the rate, and independently of their neighbours.
+    starts = maskable & (text < CONTINUES)
+    deviation = np.sqrt(0.3 * 0.7 / starts.sum())
+    assert abs(chosen[starts].mean() - 0.3) < 5 * deviation
+    both = starts[:, 1:] & maskable[:, :-1]
+    assert abs((chosen[:, 1:] & chosen[:, :-1])[both].mean() - 0.09) < 0.01
+    # What becomes of a piece is its own affair.
+    replaced = masked == MASK
+    pieces = goes_on & chosen[:, 1:]
+    assert (replaced[:, 1:] != replaced[:, :-1])[pieces].any()
 
 
+class WordModel(FakeModel):
+    """Answers `logits` at every position, and remembers the text that it saw."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = logits
+
+    def score_words(self, tokens):
+        self.seen = np.asarray(tokens[..., 0]).astype(int)
+        return jnp.asarray(self.logits)
+
+    score_words_alone = score_words
+
+
+def run(text, mask, valid, logits, objective=MaskedLanguage(), whole_words=False):  # noqa: B008
+    """The loss, and the text as the model read it."""
+    batch = batch_of(len(text), text=text, text_mask=mask, valid=valid)
+    batch["image"], model = jnp.zeros((len(text), 1)), WordModel(logits)
+    masking = Masking(words=0.5, whole_words=whole_words)
+    features = Features(model, batch, tokenizer=FakeTokenizer(), masking=masking)
+    return objective(features, jax.random.key(0)), model.seen
+
+
+@pytest.mark.parametrize("whole_words", [False, True])
+@pytest.mark.parametrize(
+    ("objective", "name"),
+    [(MaskedLanguage(), "masked_language"), (MaskedLanguageAlone(), "masked_language_alone")],
+)
 @pytest.mark.parametrize(("rows", "length"), [(6, 20), (3, 9)])
-def test_agrees_with_plain_cross_entropy(rows, length):
+def test_agrees_with_plain_cross_entropy(rows, length, objective, name, whole_words):
     text, mask = texts(rows, length)
     valid = np.arange(rows) != 1
     logits = np.random.default_rng(0).normal(size=(rows, length, WORDS)).astype(np.float32)
-    loss, seen = run(text, mask, valid, logits)
+    loss, seen = run(text, mask, valid, logits, objective, whole_words)
     maskable = mask & ~np.isin(text, SPECIAL) & valid[:, None]
     np.testing.assert_array_equal(seen[~maskable], text[~maskable])
-    # Which ones were chosen, told by a model that is certain of the right word everywhere.
-    keys = example_keys(jax.random.key(0), jnp.arange(rows))
+    keys = example_keys(purpose_key(jax.random.key(0), "masked_language"), jnp.arange(rows))
     _, chosen = mask_tokens(
         jnp.asarray(text), jnp.asarray(maskable), keys, rate=0.5, mask_id=MASK,
         vocabulary_size=WORDS,
+        continues=jnp.asarray(FakeTokenizer().continues) if whole_words else None,
     )  # fmt: skip
     chosen = np.asarray(chosen)
     assert chosen[seen != text].all()
@@ -137,9 +166,12 @@ def test_agrees_with_plain_cross_entropy(rows, length):
     expected = -sum(log_p[b, i, text[b, i]] for b, i in np.argwhere(chosen))
     np.testing.assert_allclose(loss.total, expected, rtol=1e-5)
     assert loss.weight == chosen.sum() > 0
-    hits, weight = loss.metrics["masked_language/accuracy"]
+    hits, weight = loss.metrics[f"{name}/accuracy"]
     best = x.argmax(axis=-1) == text
     np.testing.assert_allclose(hits / weight, best[chosen].mean())
+    most, weight = loss.metrics[f"{name}/unigram_accuracy"]
+    frequent = np.bincount(text[maskable]).max() / maskable.sum()
+    np.testing.assert_allclose(most / weight, frequent, rtol=1e-6)
 
 
 def test_a_batch_without_words_costs_nothing():

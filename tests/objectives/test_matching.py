@@ -1,20 +1,20 @@
 """Image-text matching and its hard negatives."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.models import Encoded
-from mmjax.objectives.loss import Features
+from mmjax.errors import InputError
+from mmjax.objectives import Features
 from mmjax.objectives.matching import (
+    Matching,
     matching_loss,
-    matching_objective,
+    negative_probabilities,
     pair_gumbel,
     sample_negatives,
 )
+from tests.objectives.fakes import FakeModel, batch_of
 
 ROWS = 7
 IMAGE_ID = np.array([5, 5, 1, 2, 5, 2, 9])
@@ -22,46 +22,38 @@ VALID = np.array([True, True, True, False, True, True, True])
 INDEX = np.array([40, 41, 10, 20, 42, 21, 90])
 
 
-def features(image_id=IMAGE_ID, valid=VALID, index=INDEX, scores=None, order=None, answer=None):
-    """A batch whose pictures and texts are their own numbers.
+class NumberedModel(FakeModel):
+    """Of pictures and texts that are their own numbers.
 
-    `scores[i, j]` is the similarity of picture i and text j, `order` the rows' order in the batch;
-    `answer(picture numbers, text numbers)` is the matching head.
+    `scores[i, j]` is the similarity of picture i and text j; `answer(picture numbers, text
+    numbers)` is the matching head.
     """
-    rows = len(image_id)
-    order = np.arange(rows) if order is None else order
-    number = jnp.asarray(order, jnp.float32)[:, None]
-    encoded = Encoded(tokens=number[:, None], mask=None, pooled=number)
-    scores = jnp.zeros((rows, rows)) if scores is None else jnp.asarray(scores)
 
-    def match(pooled):
-        image, text = np.asarray(pooled).astype(int).T
-        return jnp.zeros((len(pooled), 2)) if answer is None else answer(image, text)
+    def __init__(self, scores=None, answer=None, **parts):
+        super().__init__(scale=1.0, **parts)
+        self.scores, self.answer = scores, answer
 
-    given = object.__new__(Features)
-    given.key = None
-    given.model = SimpleNamespace(
-        contrastive=SimpleNamespace(scale=1.0),
-        fuse=lambda image, text, key: SimpleNamespace(
-            pooled=jnp.concatenate([image.pooled, text.pooled], axis=1)
-        ),
-        matching=match,
-    )
-    given.batch = {
-        name: jnp.asarray(value)[order]
-        for name, value in (("image_id", image_id), ("valid", valid), ("index", index))
-    }
-    # (embeddings whose products are the scores)
-    given.__dict__.update(
-        image=encoded,
-        text=encoded,
-        image_embedding=jnp.eye(rows)[order],
-        text_embedding=scores.T[order],
-    )
-    return given
+    def embed_image(self, image):
+        return jnp.eye(ROWS)[image.pooled[:, 0].astype(int)]
+
+    def embed_text(self, text):
+        scores = jnp.zeros((ROWS, ROWS)) if self.scores is None else jnp.asarray(self.scores)
+        return scores.T[text.pooled[:, 0].astype(int)]
+
+    def match(self, fused):
+        image, text = np.asarray(fused.pooled).astype(int).T
+        return jnp.zeros((len(image), 2)) if self.answer is None else self.answer(image, text)
 
 
-def pairs(key, negatives="hard", **given):
+def features(model, image_id=IMAGE_ID, valid=VALID, order=None):
+    """The batch, its rows in some `order`."""
+    order = np.arange(ROWS) if order is None else order
+    batch = batch_of(ROWS, image_id=image_id[order], valid=valid[order], index=INDEX[order])
+    numbers = jnp.asarray(order, jnp.float32)[:, None]
+    return Features(model, batch | {"image": numbers, "text": numbers})
+
+
+def pairs(key, negatives="hard", scores=None, order=None, smoothing=0.0):
     """The (picture, text) pairs of valid rows that are asked about, [n, 2], and the loss."""
     seen = []
 
@@ -69,7 +61,8 @@ def pairs(key, negatives="hard", **given):
         seen.append(np.stack([image, text], axis=1))
         return jnp.zeros((len(image), 2))
 
-    loss = matching_objective(features(**given, answer=record), key, negatives=negatives)
+    given = features(NumberedModel(scores, record), order=order)
+    loss = Matching(negatives=negatives, smoothing=smoothing)(given, key)
     asked = seen[0]
     assert len(asked) == 3 * ROWS
     return asked[VALID[asked].all(axis=1)], loss
@@ -105,7 +98,7 @@ def test_a_constant_answer_costs_the_class_prior():
     def answer(image, text):
         return jnp.tile(jnp.log(jnp.array([2 / 3, 1 / 3])), (len(image), 1))
 
-    loss = matching_objective(features(answer=answer), jax.random.key(0))
+    loss = Matching()(features(NumberedModel(answer=answer)), jax.random.key(0))
     np.testing.assert_allclose(loss.total / loss.weight, 0.6365, atol=5e-5)
     total, weight = loss.metrics["matching/positives"]
     np.testing.assert_allclose(total / weight, 1 / 3)
@@ -113,9 +106,8 @@ def test_a_constant_answer_costs_the_class_prior():
 
 def test_agrees_with_plain_cross_entropy():
     logits = np.random.default_rng(3).normal(size=(ROWS, ROWS, 2)).astype(np.float32)
-    loss = matching_objective(
-        features(answer=lambda image, text: jnp.asarray(logits[image, text])), jax.random.key(0)
-    )
+    model = NumberedModel(answer=lambda image, text: jnp.asarray(logits[image, text]))
+    loss = Matching()(features(model), jax.random.key(0))
     asked, _ = pairs(jax.random.key(0))
     x = logits[asked[:, 0], asked[:, 1]].astype(np.float64)
     log_p = x - np.log(np.exp(x).sum(axis=1, keepdims=True))
@@ -129,10 +121,10 @@ def test_agrees_with_plain_cross_entropy():
 
 
 def test_a_batch_of_one_picture_has_no_negatives():
-    loss = matching_objective(features(image_id=np.full(ROWS, 3)), jax.random.key(0))
+    loss = Matching()(features(NumberedModel(), image_id=np.full(ROWS, 3)), jax.random.key(0))
     assert loss.weight == VALID.sum()
     assert np.isfinite(loss.total)
-    nothing = matching_objective(features(valid=np.zeros(ROWS, bool)), jax.random.key(0))
+    nothing = Matching()(features(NumberedModel(), valid=np.zeros(ROWS, bool)), jax.random.key(0))
     assert nothing.weight == 0
     assert nothing.total == 0
 
@@ -195,10 +187,9 @@ def test_no_gradient_flows_through_the_draw():
     """Were there a path, the head's answer would hand a gradient to the scores."""
 
     def loss(scores):
-        given = features(scores=scores)
-        given.model.matching = lambda pooled: pooled
-        given.model.contrastive.scale = scores.sum()
-        return matching_objective(given, jax.random.key(0)).total
+        model = NumberedModel(scores)
+        model.contrastive.scale, model.match = scores.sum(), lambda fused: fused.pooled
+        return Matching()(features(model), jax.random.key(0)).total
 
     gradient = jax.grad(loss)(jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, ROWS))))
     assert not np.asarray(gradient).any()
@@ -210,3 +201,37 @@ def test_the_gradient_of_the_scores():
     gradient = jax.grad(lambda x: matching_loss(x, labels).sum())(logits)
     target = np.stack([~np.asarray(labels), np.asarray(labels)], axis=1)
     np.testing.assert_allclose(gradient, jax.nn.softmax(logits) - target, atol=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
+def test_a_share_of_the_negatives_is_drawn_evenly(smoothing):
+    """A mixture of two draws, row by row over what is allowed; a row may allow nothing."""
+    rng = np.random.default_rng(0)
+    logits = 4 * rng.normal(size=(5, 6)).astype(np.float32)
+    allowed = rng.random((5, 6)) < 0.7
+    allowed[3], allowed[4] = False, np.arange(6) == 2
+    found = negative_probabilities(jnp.asarray(logits), jnp.asarray(allowed), smoothing)
+    for row, kept, probabilities in zip(logits, allowed, found, strict=True):
+        assert not probabilities[~kept].any()
+        if kept.any():
+            hard = np.exp(row[kept].astype(np.float64))
+            expected = (1 - smoothing) * hard / hard.sum() + smoothing / kept.sum()
+            np.testing.assert_allclose(probabilities[kept], expected, rtol=1e-5)
+
+
+def test_all_drawn_evenly_is_random():
+    scores = 5 * np.random.default_rng(0).normal(size=(ROWS, ROWS)).astype(np.float32)
+    key = jax.random.key(3)
+    hard, _ = pairs(key, scores=scores)
+    even, _ = pairs(key, scores=scores, smoothing=1.0)
+    random, _ = pairs(key, "random")
+    np.testing.assert_array_equal(even, random)
+    assert (hard != even).any()
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.5])
+def test_a_share_is_a_share(smoothing):
+    model = NumberedModel()
+    model.matching = object()
+    with pytest.raises(InputError, match=f"matching.smoothing is {smoothing}"):
+        Matching(smoothing=smoothing).check("matching", model)

@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmjax.errors import InputError
-from mmjax.training.initialisation import merge_parameters
+from mmjax.training.initialisation import merge_parameters, placed
 
 
 def tree(*, positions=4, head="head", fill=0.0):
@@ -64,3 +64,18 @@ def test_a_misshapen_parameter_is_named(resize):
 def test_nothing_in_common_is_an_error():
     with pytest.raises(InputError, match=r"None of the parameters[\s\S]*model/encoder/kernel"):
         merge_parameters(tree(), {"model": tree()})
+
+
+def test_a_part_goes_where_the_model_has_it():
+    """A BERT of four layers into a reader of two and a fusion of one: its first, and its last."""
+    layers = np.arange(4.0)[:, None] * np.ones((4, 8))
+    bert = {"text": {"words": np.ones((5, 8)), "blocks": {"layers": {"kernel": layers}}}}
+    initial = {
+        "text": {"blocks": {"layers": {"kernel": np.zeros((2, 8))}}},
+        "fusion": {"blocks": {"layers": {"kernel": np.zeros((1, 8))}}},
+    }
+    moves = (("text/blocks", "text/blocks"), ("text/blocks", "fusion/blocks@last"))
+    found = placed(bert, moves, initial)
+    assert found["text"]["blocks"]["layers"]["kernel"][:, 0].tolist() == [0, 1]
+    assert found["fusion"]["blocks"]["layers"]["kernel"][:, 0].tolist() == [3]
+    assert "words" not in found["text"]

@@ -2,7 +2,6 @@
 
 import re
 from contextlib import contextmanager
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -13,32 +12,45 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType
 
 from mmjax.errors import InputError
-from mmjax.objectives import Objective
-from mmjax.objectives.answering import answering_objective
-from mmjax.objectives.contrastive import contrastive_objective
-from mmjax.objectives.masked_language import masked_language_objective
-from mmjax.objectives.matching import matching_objective
+from mmjax.objectives import Masking, Task
+from mmjax.objectives.answering import Answering
+from mmjax.objectives.contrastive import Contrastive
+from mmjax.objectives.masked_language import MaskedLanguage
+from mmjax.objectives.matching import Matching
 from mmjax.rules import leaf_paths
 from mmjax.sharding import make_mesh, to_device, tree_shardings
 from mmjax.training.optimizer import learning_rates, make_optimizer
-from mmjax.training.state import graph_of, init_params, init_state, state_from_params
+from mmjax.training.state import (
+    StateConfig,
+    abstract_model,
+    graph_of,
+    init_params,
+    init_state,
+    state_from_params,
+)
 from mmjax.training.step import compile_train_step, make_train_step
-from tests.models.reference import assert_close, random_params, tiny_batch, tiny_model
+from tests.models.reference import (
+    assert_close,
+    random_params,
+    tiny_batch,
+    tiny_model,
+    tiny_tokenizer,
+)
 
 MODEL = tiny_model()
 ANSWERING = tiny_model(answers=("yes", "no", "red", "two"))
 ROWS = 56  # 3 × 56, 56 / 8 and 56 / 4 are no other size of the model: shapes tell what they are
 
-CONTRASTIVE = Objective("contrastive", 1.0, contrastive_objective, True)
-MATCHING = Objective("matching", 0.5, matching_objective, True)
-MASKED_LANGUAGE = Objective(
-    "masked_language",
-    1.0,
-    partial(masked_language_objective, rate=0.3, mask_id=3, special_ids=(0, 1, 2, 3)),
-    False,
-)
-ANSWERS = Objective("answering", 1.0, answering_objective, False)
-PRETRAINING = (CONTRASTIVE, MATCHING, MASKED_LANGUAGE)
+PRETRAINING = {
+    "contrastive": Contrastive(weight=1.0),
+    "matching": Matching(weight=0.5),
+    "masked_language": MaskedLanguage(weight=1.0),
+}
+QUESTIONS = {"masked_language": MaskedLanguage(weight=1.0), "answering": Answering(weight=1.0)}
+
+
+def task_of(model, objectives):
+    return Task(graph_of(model), objectives, tiny_tokenizer(), Masking(words=0.3))
 
 
 def recording_sgd(rate=0.02, momentum=0.9):
@@ -76,8 +88,7 @@ class Run:
         self.mesh, params = mesh, params_of(model)
         optimizer = optimizer or recording_sgd()
         step = make_train_step(
-            graph_of(model),
-            objectives,
+            task_of(model, objectives),
             optimizer,
             seed=7,
             rates=jax.tree.map(lambda _: 1.0, params) if rates is None else rates,
@@ -85,9 +96,15 @@ class Run:
             ema_decay=ema_decay,
         )
         with jax.set_mesh(mesh):
-            self.start = state_from_params(params, optimizer, mesh, ema=ema_decay > 0)
+            contents = StateConfig(
+                model,
+                optimizer,
+                ema=ema_decay > 0,
+                memory=lambda: task_of(model, objectives).memory(abstract_model(model), ROWS),
+            )
+            self.start = state_from_params(contents, params, mesh)
             jitted = compile_train_step(step, self.start, mesh)
-            lowered = jitted.lower(self.start, to_device(tiny_batch(model, ROWS), mesh))
+            lowered = jitted.lower(self.start, to_device(tiny_batch(model, ROWS), mesh), None)
             # The tests' programs run for milliseconds and compile for seconds.
             self.compiled = lowered.compile({"xla_backend_optimization_level": "0"})
         self.model = model
@@ -98,7 +115,7 @@ class Run:
         with jax.set_mesh(self.mesh):
             for number in range(count):
                 batch = to_device(tiny_batch(self.model, ROWS, seed=number), self.mesh)
-                state, metrics = self.compiled(state, batch)
+                state, metrics = self.compiled(state, batch, None)
                 seen.append(jax.device_get((state, metrics)))
         self.last = state
         return seen
@@ -175,7 +192,7 @@ def test_metrics_and_average(alone):
         gradients = jax.tree.leaves(state.opt_state[0])
         norm = np.sqrt(sum(np.square(g).sum() for g in gradients))
         np.testing.assert_allclose(metrics["gradient_norm"], norm, rtol=1e-5)
-        weighted_sum = sum(o.weight * metrics[f"{o.name}/loss"] for o in PRETRAINING)
+        weighted_sum = sum(o.weight * metrics[f"{name}/loss"] for name, o in PRETRAINING.items())
         np.testing.assert_allclose(metrics["loss"], weighted_sum, rtol=1e-6)
         assert metrics["bad_records"] == 0
     # (momentum 0.9 from rest: the first update is the gradient itself)
@@ -186,7 +203,7 @@ def test_metrics_and_average(alone):
 def test_slices_add_up_to_the_whole_batch():
     """Also where the slices are walked by eight devices and the whole batch by one."""
     runs = [
-        Run(mesh, model=ANSWERING, objectives=(MASKED_LANGUAGE, ANSWERS), accumulate=accumulate)
+        Run(mesh, model=ANSWERING, objectives=QUESTIONS, accumulate=accumulate)
         for mesh, accumulate in ((one_device(), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2))
     ]
     (whole, whole_metrics), (sliced, sliced_metrics) = (run.steps(2)[-1] for run in runs)
@@ -199,7 +216,7 @@ def test_slices_are_refused_where_examples_are_compared():
     rates = jax.tree.map(lambda _: 1.0, params_of(MODEL))
     with pytest.raises(InputError, match=r"contrastive and matching .* fewer negatives"):
         make_train_step(
-            graph_of(MODEL), PRETRAINING, optax.sgd(1), seed=0, rates=rates, accumulate=4
+            task_of(MODEL, PRETRAINING), optax.sgd(1), seed=0, rates=rates, accumulate=4
         )
 
 
@@ -213,7 +230,12 @@ def test_frozen_parameters_stay_and_have_no_moments():
     params = params_of(MODEL)
     optimizer = make_optimizer(config, params, total_steps=10)
     rates = learning_rates(config, params)
-    run = Run(one_device(), objectives=(CONTRASTIVE,), optimizer=optimizer, rates=rates)
+    run = Run(
+        one_device(),
+        objectives={"contrastive": Contrastive(weight=1.0)},
+        optimizer=optimizer,
+        rates=rates,
+    )
     state, _ = run.steps(2)[-1]
     jax.tree.map(np.testing.assert_array_equal, state.params["image"], params["image"])
     assert not [path for path in leaf_paths(state.opt_state) if "/image/" in path]
@@ -230,7 +252,8 @@ def test_frozen_parameters_stay_and_have_no_moments():
 def test_a_state_is_born_sharded_and_depends_on_the_seed_alone():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     eight, one = (
-        init_state(MODEL, optax.adam(1e-3), m, seed=3, ema=True) for m in (mesh, one_device())
+        init_state(StateConfig(MODEL, optax.adam(1e-3), ema=True), m, seed=3)
+        for m in (mesh, one_device())
     )
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(eight), jax.device_get(one))
     table = eight.params["text"]["embeddings"]["token_embedding"]["embedding"]

@@ -14,6 +14,7 @@ fourth, `composition`, shows at least one pair of `HELD_OUT`, which the other th
 `python -m mmjax.data.scenes --output=FOLDER` draws a sheet of them to look at.
 """
 
+from mmjax.data.scenes.codes import IMAGE_CODES, image_codes
 from mmjax.data.scenes.drawing import draw, pixel_box
 from mmjax.data.scenes.language import captions, statement_pair
 from mmjax.data.scenes.questions import ANSWERS, QUESTION_TYPES, Question, ask
@@ -21,6 +22,7 @@ from mmjax.data.scenes.regions import (
     REGION_ATTRIBUTES,
     REGION_FEATURES,
     REGION_LABELS,
+    blank_regions,
     region_annotations,
 )
 from mmjax.data.scenes.sources import SceneQuestions, Scenes, SceneStatements
@@ -42,6 +44,7 @@ __all__ = [
     "ANSWERS",
     "COLORS",
     "HELD_OUT",
+    "IMAGE_CODES",
     "MAX_OBJECTS",
     "PATTERNS",
     "QUESTION_TYPES",
@@ -59,8 +62,10 @@ __all__ = [
     "SceneStatements",
     "Scenes",
     "ask",
+    "blank_regions",
     "captions",
     "draw",
+    "image_codes",
     "make_scene",
     "pixel_box",
     "region_annotations",

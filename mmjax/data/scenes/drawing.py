@@ -4,7 +4,7 @@ import functools
 import math
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image, ImageDraw
 
 from mmjax.data.scenes.world import Scene, SceneObject
@@ -46,6 +46,13 @@ def pixel_box(thing: SceneObject, image_size: int) -> tuple[int, int, int, int]:
     left = round(thing.x * image_size - side / 2)
     top = round(thing.y * image_size - side / 2)
     return left, top, left + side, top + side
+
+
+def silhouette(thing: SceneObject, image_size: int) -> Bool[np.ndarray, "side side"]:
+    """Where in its box an object hides the background, with stripes and dots, without hollows."""
+    left, _, right, _ = pixel_box(thing, image_size)
+    ink, paper = _stencils(thing.shape, thing.pattern, right - left)
+    return np.asarray(ink if paper is None else paper) > 127
 
 
 @functools.lru_cache(maxsize=4096)

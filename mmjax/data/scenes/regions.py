@@ -6,7 +6,15 @@ import numpy as np
 from jaxtyping import Float
 
 from mmjax.data.scenes.drawing import pixel_box
-from mmjax.data.scenes.world import ATTRIBUTES, COLORS, MAX_OBJECTS, SHAPES, Scene, SceneObject
+from mmjax.data.scenes.world import (
+    ATTRIBUTES,
+    COLORS,
+    MAX_OBJECTS,
+    SHAPES,
+    Scene,
+    SceneObject,
+    make_scene,
+)
 
 REGION_LABELS = SHAPES
 REGION_ATTRIBUTES = COLORS
@@ -54,6 +62,18 @@ def region_annotations(scene: Scene, image_size: int = 64) -> dict[str, Any]:
         "region_distributions": _padded(distributions, np.float32),
         "tags": [thing.shape for thing in scene.objects],
     }
+
+
+def blank_regions() -> dict[str, np.ndarray]:
+    """The arrays of `region_annotations` where there is no picture: zeros.
+
+    The mask is True on the first region, because attention needs something to look at.
+    """
+    annotations = region_annotations(make_scene("train", 0))
+    del annotations["tags"]
+    blank = {name: np.zeros_like(array) for name, array in annotations.items()}
+    blank["region_mask"][0] = True
+    return blank
 
 
 def _one_hot(thing: SceneObject) -> Float[np.ndarray, " values"]:

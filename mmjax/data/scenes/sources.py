@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from mmjax.data.scenes.codes import image_codes
 from mmjax.data.scenes.drawing import draw
 from mmjax.data.scenes.language import captions, statement_pair
 from mmjax.data.scenes.questions import ANSWERS, ask
@@ -31,6 +32,7 @@ class _SceneSource:
       seed: a seed is a data set; records of equal (split, seed, index) are equal for any size.
       image_size: width and height of the pictures, 64 pixels or more.
       regions: whether records carry the keys of `region_annotations` too.
+      code_grid: if not 0, records carry `image_codes` too, those of so many patches a side.
     """
 
     split: str
@@ -38,6 +40,7 @@ class _SceneSource:
     seed: int = 0
     image_size: int = 64
     regions: bool = False
+    code_grid: int = 0
 
     def __post_init__(self) -> None:
         check_split(self.split)
@@ -47,6 +50,11 @@ class _SceneSource:
             raise InputError(
                 f"image_size={self.image_size}: scenes are drawn at {SMALLEST_IMAGE} pixels or"
                 " more; below that patterns blur."
+            )
+        if not 0 <= self.code_grid <= self.image_size:
+            raise InputError(
+                f"code_grid={self.code_grid}: expected 0, or patches a side of {self.image_size}"
+                " pixels."
             )
 
     def __len__(self) -> int:
@@ -71,6 +79,8 @@ class _SceneSource:
         }
         if self.regions:
             record |= region_annotations(scene, self.image_size)
+        if self.code_grid:
+            record["image_codes"] = image_codes(scene, self.image_size, self.code_grid)
         return record
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mmjax.errors import InputError
 from mmjax.models.captioner import Captioner, CaptionerConfig
+from mmjax.models.gpt2 import GPT2Config
 from mmjax.weights.families import gpt2, vit
 from mmjax.weights.family import Family, Source
 from mmjax.weights.generation import read_generation
@@ -56,7 +57,7 @@ FAMILY = Family(
     table=_table,
     read=_read,
     write=_write,
-    is_member=lambda config: vit.is_encoder(config.image),
+    is_member=lambda config: vit.is_encoder(config.image) and isinstance(config.text, GPT2Config),
     tied={"decoder.lm_head.weight": "decoder.transformer.wte.weight"},
     unused=(*vit.FAMILY.unused, *gpt2.UNUSED),
 )

@@ -1,17 +1,29 @@
 """What ALBEF and BLIP train with alike: a momentum model that teaches, queues, hard negatives."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.nn import log_softmax, softmax
 
-from mmjax.models.features import Encoded
+from mmjax.data.tokenizer import TextTokenizer
 from mmjax.models.model import Model
-from tests.weights.families.recorded import Recorded
+from mmjax.objectives.features import Features
+from mmjax.objectives.loss import Loss
+from mmjax.objectives.matching import (
+    Negatives,
+    match_triples,
+    matching_loss,
+    negative_probabilities,
+)
+from mmjax.objectives.momentum import MomentumContrastive, momentum_nce
+from tests.weights.families.recorded import OUTPUTS, Recorded, assert_close, original_names
+
+KEY = jax.random.key(0)  # of objectives that leave nothing to chance
+TOKENIZER = object.__new__(TextTokenizer)  # (what is read of one beside recorded masks)
+TOKENIZER.special_ids, TOKENIZER.mask_id = (0, 101, 102, 103), 103
 
 
 def encoders_of(recorded: Recorded, words: int = 0, **text: Any) -> dict[str, Any]:
@@ -48,70 +60,85 @@ def texts(recorded: Recorded, name: str = "input_ids") -> tuple[jax.Array, jax.A
     return jnp.asarray(recorded[f"in/{name}"]), jnp.asarray(recorded[f"in/{mask}"], bool)
 
 
+def batch_of(recorded: Recorded, text: str = "input_ids", **fields: Any) -> dict[str, jax.Array]:
+    """The recorded batch, every picture another where the run does not say."""
+    image, rows = pictures(recorded), jnp.arange(len(recorded["in/image"]))
+    ids, mask = texts(recorded, text)
+    every = {"image": image, "text": ids, "text_mask": mask, "index": rows, "valid": rows >= 0}
+    return every | {"image_id": rows} | fields
+
+
 def averaged(model: Model, momentum_model: Model, momentum: float) -> Model:
     """The momentum model after its update, which comes first in a step."""
     graph, before = nnx.split(momentum_model)
-    mix = jax.tree.map(
-        lambda average, new: momentum * average + (1 - momentum) * new,
-        nnx.to_pure_dict(before),
-        nnx.to_pure_dict(nnx.state(model)),
+    new, old = nnx.to_pure_dict(nnx.state(model)), nnx.to_pure_dict(before)
+    return nnx.merge(graph, optax.incremental_update(new, old, 1 - momentum))
+
+
+def queues_of(recorded: Recorded) -> dict[str, dict[str, jax.Array]]:
+    """The memory before the step. What the queue held at first is negative there."""
+    size = recorded.config["queue_size"]
+    others = 1000 + np.arange(size)
+    image_id = recorded.arrays.get("w/idx_queue", np.full(size, -100)).reshape(-1)
+    queues = {name: jnp.asarray(recorded[f"w/{name}"].T) for name in ("image_queue", "text_queue")}
+    queues["image_id_queue"] = jnp.asarray(np.where(image_id < 0, others, image_id), jnp.int32)
+    return {"momentum_contrastive": queues}
+
+
+def training_features(model: Any, teacher: Any, recorded: Recorded, **fields: Any) -> Features:
+    """The features of the recorded step."""
+    step = recorded.config["queue_ptr"] // len(recorded["in/image"])
+    return Features(
+        model,
+        batch_of(recorded, **fields),
+        tokenizer=TOKENIZER,
+        step=jnp.asarray(step),
+        memory=queues_of(recorded),
+        average=teacher,
     )
-    return nnx.merge(graph, mix)
 
 
-def cross_entropy(logits: Any, labels: Any) -> jax.Array:
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+def contrast(features: Features, recorded: Recorded, alpha: float) -> Loss:
+    return MomentumContrastive(distill=alpha, queue_size=recorded.config["queue_size"])(
+        features, KEY
+    )
 
 
-def soft_cross_entropy(logits: Any, targets: Any) -> jax.Array:
-    return -(targets * log_softmax(logits)).sum(axis=-1)
+def match(features: Features, recorded: Recorded) -> Loss:
+    """The drawn pairs."""
+    text, image = (jnp.asarray(recorded[f"draw/neg_{side}_idx"]) for side in ("text", "image"))
+    there = jnp.ones(len(text), bool)
+    return match_triples(features, Negatives(text, there, image, there))
 
 
-class Contrast(NamedTuple):
-    """The contrastive loss, and what is recorded on the way to it."""
-
-    loss: jax.Array
-    outputs: dict[str, Any]
+def in_their_order(triples: jax.Array) -> jax.Array:
+    """True pairs, then those with a false picture, then those with a false text."""
+    return jnp.concatenate([triples[0::3], triples[2::3], triples[1::3]])
 
 
-def contrast(
-    model: Any,
-    teacher: Any,
-    seen: Encoded,
-    read: Encoded,
-    recorded: Recorded,
-    positives: Any,
-    alpha: float,
-) -> Contrast:
-    """Against the teacher's features of this batch, and of those in the queue."""
-    head, image = model.contrastive, pictures(recorded)
-    text, mask = texts(recorded)
-    out = {
-        "image_feat": head.image(seen.pooled),
-        "text_feat": head.text(read.pooled),
-        "image_feat_m": teacher.contrastive.image(teacher.encode_image(image).pooled),
-        "text_feat_m": teacher.contrastive.text(teacher.encode_text(text, mask).pooled),
+def mean(loss: Loss) -> jax.Array:
+    return loss.total / loss.weight
+
+
+def outputs_of(features: Features, contrasted: Loss, matched: Loss) -> dict[str, Any]:
+    """What is recorded on the way to the losses."""
+    average = features.average
+    assert average is not None
+    assert contrasted.scores is not None
+    assert matched.scores is not None
+    return {
+        "image_embeds": features.image.tokens,
+        "text_embeds": features.text.tokens,
+        "image_embeds_m": average.image.tokens,
+        "image_feat": features.image_embedding,
+        "text_feat": features.text_embedding,
+        "image_feat_m": average.image_embedding,
+        "text_feat_m": average.text_embedding,
+        "sim_i2t": contrasted.scores[0],
+        "fusion_pos": features.fused.text_tokens,
+        "vl_output": in_their_order(matched.scores[0]),
+        "memory": contrasted.memory,
     }
-    all_images = jnp.concatenate([out["image_feat_m"], recorded["w/image_queue"].T])
-    all_texts = jnp.concatenate([out["text_feat_m"], recorded["w/text_queue"].T])
-    for end in ("", "_m"):
-        scale = jax.lax.stop_gradient(head.scale) if end else head.scale
-        out[f"sim_i2t{end}"] = scale * out[f"image_feat{end}"] @ all_texts.T
-        out[f"sim_t2i{end}"] = scale * out[f"text_feat{end}"] @ all_images.T
-    losses = []
-    for way in ("i2t", "t2i"):
-        targets = alpha * softmax(out[f"sim_{way}_m"]) + (1 - alpha) * positives
-        losses.append(soft_cross_entropy(out[f"sim_{way}"], targets).mean())
-        out |= {f"sim_{way}_targets": targets, f"loss_{way}": losses[-1]}
-    return Contrast((losses[0] + losses[1]) / 2, out)
-
-
-def triples(recorded: Recorded) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows of pictures and of texts, and whether they match: B pairs, then 2 B drawn ones."""
-    own = np.arange(len(recorded["in/image"]))
-    images = np.concatenate([own, recorded["draw/neg_image_idx"], own])
-    texts = np.concatenate([own, own, recorded["draw/neg_text_idx"]])
-    return images, texts, np.repeat([1, 0, 0], len(own))
 
 
 def check_outputs(recorded: Recorded, variant: str, found: dict[str, Any]) -> int:
@@ -120,3 +147,50 @@ def check_outputs(recorded: Recorded, variant: str, found: dict[str, Any]) -> in
     for name in names:
         recorded.check(f"out/{variant}/{name}", found[name])
     return len(names)
+
+
+def check_functions(recorded: Recorded, variant: str, alpha: float, added: float = 0.0) -> None:
+    """The pure functions, from what was recorded before them to what was recorded behind them.
+
+    `added` is what the original adds to the probability of every negative.
+    """
+    out = recorded.under(f"out/{variant}/")
+    ids = queues_of(recorded)["momentum_contrastive"]["image_id_queue"]
+    own = recorded.arrays.get("in/idx", np.arange(len(recorded["in/image"])))
+    everything = jnp.asarray(np.concatenate([own, ids]))
+    positives, there = jnp.asarray(own)[:, None] == everything, everything >= 0
+    for way in ("i2t", "t2i"):
+        logits, teacher = (jnp.asarray(out[f"sim_{way}{end}"]) for end in ("", "_m"))
+        losses = momentum_nce(logits, teacher, positives, there, alpha)
+        recorded.check(f"out/{variant}/loss_{way}", losses.mean())
+        others = ~positives[:, : len(own)]
+        # The originals' do not sum to 1.
+        drawn = np.where(others, out[f"weights_{way}"] - added, 0)
+        found = negative_probabilities(logits[:, : len(own)], others)
+        assert_close(found, drawn / drawn.sum(axis=1, keepdims=True), OUTPUTS, way)
+    labels = jnp.asarray(out["itm_labels"], bool)
+    losses = matching_loss(jnp.asarray(out["vl_output"]), labels)
+    recorded.check(f"loss/{variant}/itm", losses.mean())
+
+
+def check_after(recorded: Recorded, teacher: Model, memory: dict[str, jax.Array]) -> None:
+    """The average and the queues after the step."""
+    for name in ("image_queue", "text_queue"):
+        recorded.check(f"after/{name}", memory[name].T)
+    if "after/idx_queue" in recorded.arrays.files:
+        image_id = recorded["after/idx_queue"].reshape(-1)
+        found = np.asarray(memory["image_id_queue"])
+        np.testing.assert_array_equal(found[image_id >= 0], image_id[image_id >= 0])
+        assert (found[image_id < 0] >= 1000).all()
+    check_average(recorded, teacher)
+
+
+def check_average(recorded: Recorded, teacher: Model) -> None:
+    """The momentum model after the step."""
+    found = original_names(teacher, nnx.to_pure_dict(nnx.state(teacher)))
+    norms = recorded.under("after_norm/")
+    assert norms
+    for name, norm in norms.items():
+        np.testing.assert_allclose(np.linalg.norm(found[name]), norm, rtol=OUTPUTS, err_msg=name)
+    for name in recorded.under("after/").keys() & found.keys():
+        recorded.check(f"after/{name}", found[name])

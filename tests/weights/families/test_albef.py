@@ -1,24 +1,35 @@
 """ALBEF beside recorded runs of its original code."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
-from jax.nn import log_softmax, softmax
 
 from mmjax.errors import InputError
-from mmjax.models.albef import as_context
+from mmjax.objectives.answer_generation import AnswerGeneration, answer_loss
+from mmjax.objectives.features import Features
+from mmjax.objectives.masked_language import MaskedLanguage, word_loss
+from mmjax.objectives.momentum_distillation import mixed, soft_cross_entropy
 from tests.weights.families.distilled import (
+    KEY,
     averaged,
+    batch_of,
+    check_after,
+    check_average,
+    check_functions,
     check_outputs,
     contrast,
-    cross_entropy,
     encoders_of,
+    match,
+    mean,
+    outputs_of,
     pictures,
-    soft_cross_entropy,
     texts,
-    triples,
+    training_features,
 )
 from tests.weights.families.recorded import (
     OUTPUTS,
@@ -68,6 +79,13 @@ def load_teacher(recorded, folder, name, model):
     return averaged(model, before, recorded.config.get("momentum", MOMENTUM))
 
 
+class Found(NamedTuple):
+    """What was compared of a run's outputs, and the outputs."""
+
+    count: int
+    outputs: dict
+
+
 def check(recorded, variants, model, loss):
     """A loss with its parts, what else was recorded, and the gradient; of variants that agree."""
     value, (parts, outputs), gradient = run(model, loss)
@@ -75,52 +93,40 @@ def check(recorded, variants, model, loss):
         for name, part in {**parts, "total": value}.items():
             recorded.check(f"loss/{variant}/{name}", part)
         recorded.check_gradients(variant, gradient)
-    return [check_outputs(recorded, variant, outputs) for variant in variants]
+    counts = [check_outputs(recorded, variant, outputs) for variant in variants]
+    return Found(counts[0], outputs)
 
 
-def match(model, seen, read, recorded):
-    """The matching loss of the drawn pairs, and what is recorded of them."""
-    images, rows, labels = triples(recorded)
-    fused = model.fuse(seen.take(images), read.take(rows))
-    logits, batch = model.matching(fused.pooled), len(seen.tokens)
-    return cross_entropy(logits, labels).mean(), {
-        "vl_embeddings": fused.pooled,
-        "vl_output": logits,
-        "fusion_pos": fused.text_tokens[:batch],
-        "fusion_neg": fused.text_tokens[batch:],
-    }
+def cross_entropy(logits, labels):
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
 
 
 @task("pretrain")
-@pytest.mark.parametrize(("alpha", "outputs"), [(0.4, 21), (0.0, 4)])
+@pytest.mark.parametrize(("alpha", "outputs"), [(0.4, 12), (0.0, 0)])
 def test_pretraining(recorded, alpha, outputs, tmp_path):
     model = load_albef(recorded, tmp_path, "pretrain")
     teacher = load_teacher(recorded, tmp_path, "pretrain", model)
-    image, (text, mask) = pictures(recorded), texts(recorded)
-    masked = jnp.asarray(recorded["draw/mlm_input_ids"])
-    labels = recorded["draw/mlm_labels"]
-
-    def word_scores(model, seen):
-        fused = model.fuse(seen, model.encode_text(masked, mask))
-        return model.masked_language(fused.text_tokens, model.text.embeddings)
+    drawn = (
+        jnp.asarray(recorded["draw/mlm_input_ids"]),
+        jnp.asarray(recorded["draw/mlm_labels"] != -100),
+    )
 
     def loss(model):
-        seen, read = model.encode_image(image), model.encode_text(text, mask)
-        ita, contrasted = contrast(
-            model, teacher, seen, read, recorded, jnp.eye(len(text), 20), alpha
-        )
-        itm, matched = match(model, seen, read, recorded)
-        logits, seen_m = word_scores(model, seen), teacher.encode_image(image)
-        logits_m = word_scores(teacher, seen_m)
-        hard = cross_entropy(logits, np.maximum(labels, 0))
-        soft = soft_cross_entropy(logits, softmax(logits_m))
-        mlm = ((1 - alpha) * hard + alpha * soft).mean(where=labels != -100)
-        tokens = {"image_embeds": seen.tokens, "text_embeds": read.tokens}
-        tokens |= {"image_embeds_m": seen_m.tokens, "mlm_logits": logits, "logits_m": logits_m}
-        parts = {"mlm": mlm, "ita": ita, "itm": itm}
-        return mlm + ita + itm, (parts, contrasted | matched | tokens)
+        features = training_features(model, teacher, recorded)
+        for read in (features, features.average):
+            read.__dict__["_masked_text"] = drawn
+        ita, itm = contrast(features, recorded, alpha), match(features, recorded)
+        mlm = MaskedLanguage(distill=alpha)(features, KEY)
+        outputs = outputs_of(features, ita, itm) | {
+            "mlm_logits": mlm.scores[0],
+            "logits_m": MaskedLanguage()(features.average, KEY).scores[0],
+        }
+        parts = {"mlm": mean(mlm), "ita": mean(ita), "itm": mean(itm)}
+        return sum(parts.values()), (parts, outputs)
 
-    assert check(recorded, [f"alpha{alpha}"], model, loss) == [outputs]
+    found = check(recorded, [f"alpha{alpha}"], model, loss)
+    assert found.count == outputs
+    check_after(recorded, teacher, found.outputs["memory"])
 
 
 @task("retrieval")
@@ -128,19 +134,26 @@ def test_pretraining(recorded, alpha, outputs, tmp_path):
 def test_retrieval(recorded, alpha, variants, tmp_path):
     model = load_albef(recorded, tmp_path, "retrieval")
     teacher = load_teacher(recorded, tmp_path, "retrieval", model)
-    image, (text, mask) = pictures(recorded), texts(recorded)
-    index = recorded["in/idx"].reshape(-1, 1)
-    positives = index == np.concatenate([index.T, recorded["w/idx_queue"]], axis=1)
-    positives = positives / positives.sum(axis=1, keepdims=True)
 
     def loss(model):
-        seen, read = model.encode_image(image), model.encode_text(text, mask)
-        ita, contrasted = contrast(model, teacher, seen, read, recorded, positives, alpha)
-        itm, matched = match(model, seen, read, recorded)
-        tokens = {"image_embeds": seen.tokens, "text_embeds": read.tokens}
-        return ita + itm, ({"ita": ita, "itm": itm}, contrasted | matched | tokens)
+        features = training_features(
+            model, teacher, recorded, image_id=jnp.asarray(recorded["in/idx"], jnp.int32)
+        )
+        ita, itm = contrast(features, recorded, alpha), match(features, recorded)
+        parts = {"ita": mean(ita), "itm": mean(itm)}
+        return sum(parts.values()), (parts, outputs_of(features, ita, itm))
 
-    assert all(check(recorded, variants, model, loss))
+    found = check(recorded, variants, model, loss)
+    check_after(recorded, teacher, found.outputs["memory"])
+
+
+@pytest.mark.parametrize(
+    ("recorded", "variant"),
+    [("pretrain", "alpha0.4"), ("retrieval", "distill_alpha0.4")],
+    indirect=["recorded"],
+)
+def test_each_function(recorded, variant):
+    check_functions(recorded, variant, alpha=0.4)
 
 
 @task("retrieval")
@@ -158,40 +171,64 @@ def test_scores_of_all_pairs(recorded, tmp_path):
     np.testing.assert_allclose(out["itm_logits"][:, 1], np.diag(matches), atol=1e-5)
 
 
+def answers_of(recorded):
+    """The fields of the answers, [B,K,L], and the places in [B,K] of those in the recorded list."""
+    count = recorded["in/k"]
+    question = np.repeat(np.arange(len(count)), count)
+    place = question, np.concatenate([np.arange(k) for k in count])
+    fields = {}
+    for name, theirs in (
+        ("text", "answer_ids"), ("text_mask", "answer_mask"), ("weight", "weights")
+    ):  # fmt: skip
+        array = recorded[f"in/{theirs}"]
+        fields[f"answer_{name}"] = np.zeros(
+            (len(count), count.max(), *array.shape[1:]), array.dtype
+        )
+        fields[f"answer_{name}"][place] = array
+    fields["answer_text_mask"] = fields["answer_text_mask"].astype(bool)
+    return {name: jnp.asarray(array) for name, array in fields.items()}, place
+
+
 @task("vqa")
 @DISTILLED
 def test_answers_to_questions(recorded, alpha, variants, tmp_path):
     model = load_albef(recorded, tmp_path, "vqa")
     teacher = load_teacher(recorded, tmp_path, "vqa", model)
-    image, question = pictures(recorded), texts(recorded, "question_ids")
-    answer, answer_mask = texts(recorded, "answer_ids")
-    rows = np.repeat(np.arange(len(image)), recorded["in/k"])
-
-    def decoded(model):
-        """Every answer beside its question."""
-        seen = model.encode_image(image)
-        asked = as_context(model.fuse(seen, model.encode_text(*question)), question[1])
-        return seen, asked, model.decode(asked.take(rows), answer, answer_mask)
+    fields, place = answers_of(recorded)
+    batch = batch_of(recorded, "question_ids", **fields)
 
     def loss(model):
-        seen, asked, logits = decoded(model)
-        _, asked_m, logits_m = decoded(teacher)
-        hard = cross_entropy(logits[:, :-1], answer[:, 1:])
-        soft = soft_cross_entropy(logits[:, :-1], softmax(logits_m[:, :-1]))
-        mixed = (1 - alpha) * hard + alpha * soft
-        losses = jnp.where(answer_mask[:, 1:], mixed, 0).sum(axis=1)
+        features = Features(model, batch, average=teacher, step=jnp.asarray(3))
+        answered = AnswerGeneration(distill=alpha)(features, KEY)
+        taught = AnswerGeneration()(features.average, KEY)
         outputs = {
-            "image_embeds": seen.tokens,
-            "question_output": asked.tokens,
-            "question_states": asked.take(rows).tokens,
-            "question_states_m": asked_m.take(rows).tokens,
-            "answer_logits": logits,
-            "logits_m": logits_m[:, :-1],
-            "answer_loss_per_seq": losses,
+            "image_embeds": features.image.tokens,
+            "question_output": features.fused.text_tokens,
+            "question_states_m": features.average.fused.text_tokens[place[0]],
+            "logits_m": taught.scores[0][place],
         }
-        return (recorded["in/weights"] * losses).sum() / len(image), ({}, outputs)
+        return mean(answered), ({}, outputs | {"answer_logits": answered.scores[0][place]})
 
-    assert min(check(recorded, variants, model, loss)) >= 5
+    value, (_, outputs), gradient = run(model, loss)
+    logits = outputs.pop("answer_logits")
+    for variant in variants:
+        recorded.check(f"loss/{variant}/total", value)
+        recorded.check_gradients(variant, gradient)
+        assert check_outputs(recorded, variant, outputs) >= 2
+        assert_close(logits, recorded[f"out/{variant}/answer_logits"][:, :-1], OUTPUTS)
+    check_average(recorded, teacher)
+
+
+@task("vqa")
+@pytest.mark.parametrize("alpha", [0.4, 0.0])
+def test_the_loss_of_each_answer(recorded, alpha):
+    out = recorded.under(f"out/distill_alpha{alpha}/")
+    answer, mask = (array[:, 1:] for array in texts(recorded, "answer_ids"))
+    logits, teacher = (jnp.asarray(out[name]) for name in ("answer_logits", "logits_m"))
+    soft = soft_cross_entropy(logits[:, :-1], teacher)
+    words = mixed(word_loss(logits[:, :-1], answer), soft, alpha)
+    found = answer_loss(words[:, None], mask[:, None], jnp.ones((len(answer), 1)))
+    recorded.check(f"out/distill_alpha{alpha}/answer_loss_per_seq", found)
 
 
 @task("vqa")
@@ -217,9 +254,9 @@ def test_ranked_answers(recorded, tmp_path):
     model = load_albef(recorded, tmp_path, "vqa")
     question, mask = texts(recorded, "question_ids")
     answers, answer_mask = texts(recorded, "answer_list_ids")
-    fused = model.fuse(model.encode_image(pictures(recorded)), model.encode_text(question, mask))
+    seen, read = model.encode_image(pictures(recorded)), model.encode_text(question, mask)
     top = int(recorded["in/k_test"])
-    context = as_context(fused, mask)
+    context = model.answer_context(seen, model.fuse(seen, read), read)
     chosen, first, whole = model.decoder.rank(context, answers, answer_mask, top)
     np.testing.assert_array_equal(chosen, recorded["out/rank/first_stage_topk_ids"])
     recorded.check("out/rank/log_probs", jnp.stack([first, whole], axis=-1).reshape(-1, 2))
@@ -245,16 +282,15 @@ def test_labels(recorded, name, tmp_path):
 
     def distilled(model):
         logits, logits_m = scores(model), scores(teacher)
-        hard = cross_entropy(logits, targets).mean()
-        soft = (log_softmax(logits) * softmax(logits_m)).sum(axis=1).mean()
-        return 0.6 * hard - 0.4 * soft, ({}, {"prediction": logits, "prediction_m": logits_m})
+        losses = mixed(cross_entropy(logits, targets), soft_cross_entropy(logits, logits_m), 0.4)
+        return losses.mean(), ({}, {"prediction": logits, "prediction_m": logits_m})
 
     def plain(model):
         logits = scores(model)
         return cross_entropy(logits, targets).mean(), ({}, {"prediction": logits})
 
-    assert check(recorded, ["distill_alpha0.4"], model, distilled) == [2]
-    assert check(recorded, ["nodistill"], model, plain) == [1]
+    assert check(recorded, ["distill_alpha0.4"], model, distilled).count == 2
+    assert check(recorded, ["nodistill"], model, plain).count == 1
 
 
 @task("pretrain_nlvr")
@@ -268,7 +304,7 @@ def test_text_assignment(recorded, tmp_path):
         logits = model(**inputs, text=text, text_mask=mask)["ta_logits"]
         return cross_entropy(logits, recorded["draw/labels"]).mean(), ({}, {"pred": logits})
 
-    assert check(recorded, ["train"], model, loss) == [1]
+    assert check(recorded, ["train"], model, loss).count == 1
 
 
 @pytest.mark.parametrize(

@@ -14,23 +14,36 @@ from mmjax.errors import InputError
 from mmjax.models.bert import BertConfig
 from mmjax.models.blip import Blip, BlipConfig
 from mmjax.models.vit import ViTConfig
+from mmjax.objectives.captioning import Captioning
+from mmjax.objectives.masked_language import word_loss
 from mmjax.rules import by_path
 from mmjax.weights.families.blip import FAMILY
 from mmjax.weights.family import Source
 from tests.weights.families.distilled import (
+    KEY,
     averaged,
+    check_after,
+    check_functions,
     check_outputs,
     contrast,
-    cross_entropy,
     encoders_of,
+    match,
+    mean,
+    outputs_of,
     pictures,
     texts,
-    triples,
+    training_features,
 )
-from tests.weights.families.recorded import Recorded, assert_saved_whole, load, run
+from tests.weights.families.recorded import (
+    OUTPUTS,
+    Recorded,
+    assert_close,
+    assert_saved_whole,
+    load,
+    run,
+)
 
 ENCODER_TOKEN, DECODER_TOKEN = 121, 120  # [ENC] and [DEC] of the recorded run
-SMOOTHING = 0.1
 TASKS = {
     "BlipForImageTextRetrieval": {"embedding_width": 6, "matching": True},
     "BlipForQuestionAnswering": {"decoder": "question"},
@@ -59,42 +72,40 @@ def model(recorded, tmp_path_factory):
     return load(tmp_path_factory.mktemp("blip"), "blip-original", config, recorded.under("w/"))
 
 
-@pytest.mark.parametrize(("alpha", "outputs"), [(0.4, 18), (0.0, 7)])
+@pytest.mark.parametrize(("alpha", "outputs"), [(0.4, 9), (0.0, 1)])
 def test_pretraining(recorded, model, alpha, outputs, tmp_path):
     """The momentum model has no decoder."""
     config = config_of(recorded)
     before = load(tmp_path, "blip-original-momentum", config, recorded.under("w/"))
     online = load(tmp_path, "blip-original", config, without_decoder(recorded.under("w/")))
     teacher = averaged(online, before, recorded.config["momentum"])
-    image, (text, mask) = pictures(recorded), texts(recorded)
-    images, rows, labels = triples(recorded)
-    begun, targets = text.at[:, 0].set(DECODER_TOKEN), text[:, 1:]
+    captioning = Captioning(smoothing=0.1, start_id=DECODER_TOKEN)
 
     def loss(model):
-        seen, read = model.encode_image(image), model.encode_text(text, mask)
-        ita, contrasted = contrast(model, teacher, seen, read, recorded, jnp.eye(4, 20), alpha)
-        fused = model.fuse(seen.take(images), text[rows], mask[rows])
-        matches = model.matching(fused.pooled)
-        itm = cross_entropy(matches, labels).mean()
-        words = model.decode(seen, begun, mask)
-        hard = cross_entropy(words[:, :-1], targets)
-        even = -jax.nn.log_softmax(words[:, :-1]).mean(axis=-1)
-        lm = ((1 - SMOOTHING) * hard + SMOOTHING * even).mean(where=mask[:, 1:])
-        out = {
-            "image_embeds": seen.tokens,
-            "vl_embeddings": fused.pooled,
-            "vl_output": matches,
-            "fusion_pos": fused.text_tokens[:4],
-            "fusion_neg": fused.text_tokens[4:],
-            "decoder_logits": words,
-        }
-        return ita + itm + lm, ({"ita": ita, "itm": itm, "lm": lm}, contrasted | out)
+        features = training_features(model, teacher, recorded)
+        ita, itm = contrast(features, recorded, alpha), match(features, recorded)
+        lm = captioning(features, KEY)
+        parts = {"ita": mean(ita), "itm": mean(itm), "lm": mean(lm)}
+        found = outputs_of(features, ita, itm) | {"words": lm.scores[0]}
+        return sum(parts.values()), (parts, found)
 
     value, (parts, found), gradient = run(model, loss)
     for name, part in {**parts, "total": value}.items():
         recorded.check(f"loss/alpha{alpha}/{name}", part)
     recorded.check_gradients(f"alpha{alpha}", gradient)
     assert check_outputs(recorded, f"alpha{alpha}", found) == outputs
+    words = recorded[f"out/alpha{alpha}/decoder_logits"]
+    assert_close(found["words"], words[:, :-1], OUTPUTS)
+    check_after(recorded, teacher, found["memory"])
+
+
+def test_each_function(recorded):
+    """A constant is added to every negative's probability."""
+    check_functions(recorded, "alpha0.4", alpha=0.4, added=1e-4)
+    logits = jnp.asarray(recorded["out/alpha0.4/decoder_logits"][:, :-1])
+    text, mask = (array[:, 1:] for array in texts(recorded))
+    losses = word_loss(logits, text, smoothing=0.1)
+    recorded.check("loss/alpha0.4/lm", losses.mean(where=mask))
 
 
 def without_decoder(tensors):

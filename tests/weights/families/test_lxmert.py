@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -11,6 +10,10 @@ import mmjax
 from mmjax.errors import InputError
 from mmjax.models.lxmert import Lxmert, LxmertConfig
 from mmjax.models.regions import StreamConfig
+from mmjax.objectives.loss import cross_entropy, weighted
+from mmjax.objectives.masked_language import word_loss
+from mmjax.objectives.masked_regions import smooth_l1
+from mmjax.objectives.matching import matching_loss
 from tests.cases.compare import run
 from tests.weights.families.recorded import Recorded, assert_saved_whole, load, original_names
 
@@ -101,29 +104,32 @@ def test_heads(recorded, model):
 
 
 def losses(outputs, recorded):
-    """All of them, from the model's outputs; a label of -1 is none, and counts as 0."""
+    """All of them, from the model's outputs; a label of -1 is none."""
 
-    def cross_entropies(output, label):
-        labels = jnp.asarray(recorded[f"in/{label}"])
-        entropies = optax.softmax_cross_entropy_with_integer_labels(outputs[output], labels)
-        return jnp.where(labels >= 0, entropies, 0), labels >= 0
+    def given(name):
+        return jnp.asarray(recorded[f"in/{name}"])
 
-    def mean(output, label):
-        entropies, is_label = cross_entropies(output, label)
-        return entropies.sum() / is_label.sum()
+    def mean(losses, counted):
+        total, weight = weighted(losses, counted)
+        return total / weight
 
-    def of_regions(elements, confidence):
-        return (elements * recorded[f"in/{confidence}"]).mean() / 0.15
+    def of_regions(losses, confidence):
+        """Over all regions, times the inverse of the share that is masked."""
+        return mean(losses * given(confidence), jnp.ones(losses.shape)) / 0.15
 
-    target = recorded["in/feat_target"]
-    distances = optax.huber_loss(outputs["region_features"], target).mean(axis=-1)
+    words, matched, answers = given("lm_labels"), given("matched_label"), given("ans")
+    matching = matching_loss(outputs["cross_relationship_score"], matched == 1)
     parts = {
-        "mask_lm": mean("prediction_logits", "lm_labels"),
-        "matched": mean("cross_relationship_score", "matched_label"),
-        "obj": of_regions(cross_entropies("object_logits", "obj_labels")[0], "obj_conf"),
-        "attr": of_regions(cross_entropies("attribute_logits", "attr_labels")[0], "attr_conf"),
-        "feat": of_regions(distances, "feat_mask"),
-        "qa": mean("question_answering_score", "ans"),
+        "mask_lm": mean(word_loss(outputs["prediction_logits"], words), words >= 0),
+        "matched": matching.mean(),
+        "obj": of_regions(cross_entropy(outputs["object_logits"], given("obj_labels")), "obj_conf"),
+        "attr": of_regions(
+            cross_entropy(outputs["attribute_logits"], given("attr_labels")), "attr_conf"
+        ),
+        "feat": of_regions(
+            smooth_l1(outputs["region_features"], given("feat_target")), "feat_mask"
+        ),
+        "qa": mean(cross_entropy(outputs["question_answering_score"], answers), answers >= 0),
     }
     return parts | {"total": sum(parts.values())}
 

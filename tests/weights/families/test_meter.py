@@ -2,11 +2,15 @@
 
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 from mmjax.models.meter import MeterConfig
+from mmjax.objectives.answering import soft_binary_cross_entropy
+from mmjax.objectives.loss import cross_entropy
+from mmjax.objectives.masked_language import word_loss
+from mmjax.objectives.matching import matching_loss
+from mmjax.objectives.ranking import ranking_loss
 from mmjax.weights.families.meter import FAMILY
 from mmjax.weights.names import pairs_of
 from tests.weights.families.recorded import Recorded, assert_saved_whole, load, run
@@ -97,10 +101,6 @@ def maybe_matching(recorded):
     return {**pair(recorded), "image": images}
 
 
-def cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
-
-
 def test_encoders_and_fusion(tasks, model):
     inputs = {name: jnp.asarray(array) for name, array in pair(tasks).items()}
     image = model.encode_image(inputs["image"])
@@ -121,20 +121,20 @@ def test_positions_follow_the_padding(tasks, model):
 
 def test_tasks_of_one_picture(tasks, model):
     tag = "mlm_itm_vqa_snli"
-    words, targets = tasks["in/text_labels_mlm"], tasks[f"out/{tag}/vqa_targets"]
-    is_masked, matches = words != -100, tasks["draw/itm_labels"].astype(int)
+    words, targets = tasks["in/text_labels_mlm"], jnp.asarray(tasks[f"out/{tag}/vqa_targets"])
+    is_masked, matches = words != -100, jnp.asarray(tasks["draw/itm_labels"] == 1)
+    relations = jnp.asarray(tasks["in/snli_labels"])
 
     def loss(model):
         masked = model(**pair(tasks, text="text_ids_mlm"))
         matching = model(**maybe_matching(tasks))
         plain = model(**pair(tasks))
-        mlm = cross_entropy(masked["mlm_logits"], np.where(is_masked, words, 0))
-        vqa = optax.sigmoid_binary_cross_entropy(plain["vqa_logits"], targets)
+        mlm = word_loss(masked["mlm_logits"], jnp.where(is_masked, words, 0))
         losses = {
             "mlm": mlm.mean(where=is_masked),
-            "itm": cross_entropy(matching["itm_logits"], matches).mean(),
-            "vqa": vqa.mean() * targets.shape[1],
-            "snli": cross_entropy(plain["ve_logits"], tasks["in/snli_labels"]).mean(),
+            "itm": matching_loss(matching["itm_logits"], matches).mean(),
+            "vqa": soft_binary_cross_entropy(plain["vqa_logits"], targets).mean(),
+            "snli": cross_entropy(plain["ve_logits"], relations).mean(),
         }
         return sum(losses.values()), (losses, [masked, matching, plain])
 
@@ -160,7 +160,8 @@ def test_two_pictures(tasks, model):
 
     def loss(model):
         out = model(**inputs)
-        return cross_entropy(out["nlvr_logits"], tasks["in/nlvr2_answers"]).mean(), out
+        labels = jnp.asarray(tasks["in/nlvr2_answers"])
+        return cross_entropy(out["nlvr_logits"], labels).mean(), out
 
     value, out, gradient = run(model, loss)
     tasks.check("loss/nlvr2/nlvr2", value)
@@ -181,7 +182,9 @@ def test_retrieval(retrieval, retriever):
     def loss(model):
         out = model(**inputs)
         scores = out["rank_logits"].reshape(rows, choices)
-        return cross_entropy(scores, np.zeros(rows, int)).mean(), (scores, out["pooled_output"])
+        counts = jnp.ones((rows, choices - 1), bool)
+        losses = ranking_loss(scores[:, 0], scores[:, 1:], counts)
+        return losses.mean(), (scores, out["pooled_output"])
 
     value, (scores, pooled), gradient = run(retriever, loss)
     retrieval.check("loss/irtr/irtr", value)

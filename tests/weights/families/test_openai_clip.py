@@ -139,7 +139,7 @@ def test_a_file_with_a_config_of_ours_is_the_same_model(tmp_path):
         family="open_clip",
         config={
             "image": {**image, **clip, **layer},
-            "text": {"kind": "texttower", **text, **layer, "pool": "largest"},
+            "text": {"kind": "text_tower", **text, **layer, "pool": "largest"},
             "contrastive": {"width": 10, "bias": False},
         },
     )

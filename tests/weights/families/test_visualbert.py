@@ -5,12 +5,15 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
 import mmjax
 from mmjax.errors import InputError
+from mmjax.objectives.loss import cross_entropy, weighted
+from mmjax.objectives.masked_language import word_loss
+from mmjax.objectives.masked_regions import kl_divergence
+from mmjax.objectives.matching import matching_loss
 from tests.weights.families.recorded import Recorded, assert_saved_whole, load, original_names, run
 
 CONFIG = {
@@ -65,19 +68,20 @@ def inputs_of(recorded, kind):
     return {k: v.astype(bool) if k.endswith("mask") else v for k, v in inputs.items()}
 
 
-def loss_of(outputs, recorded, kind):
-    """The original's, from the model's outputs; a label of -1 is none."""
-    cross_entropy = optax.softmax_cross_entropy_with_integer_labels
+def losses_of(outputs, recorded, kind):
+    """The original's parts, from the model's outputs; a label of -1 is none."""
     if kind == "pretraining":
         labels = jnp.asarray(recorded["in/pretraining/masked_lm_labels"])
         words = outputs["prediction_logits"][:, : labels.shape[1]]
-        words = jnp.where(labels >= 0, cross_entropy(words, labels), 0).sum() / (labels >= 0).sum()
-        is_random = jnp.asarray(recorded["in/pretraining/is_random_next"])
-        return words + cross_entropy(outputs["seq_relationship_logits"], is_random).mean()
+        total, weight = weighted(word_loss(words, labels), labels >= 0)
+        belongs = jnp.asarray(recorded["in/pretraining/is_random_next"] == 0)
+        # The first of the two classes is that of belonging.
+        pairs = matching_loss(outputs["seq_relationship_logits"][:, ::-1], belongs)
+        return {"masked_lm_loss": total / weight, "next_sentence_loss": pairs.mean()}
     logits, label = outputs["logits"], jnp.asarray(recorded[f"in/{kind}/label"])
     if kind == "vqa":
-        return optax.kl_divergence(jax.nn.log_softmax(logits), label).mean()
-    return cross_entropy(logits.reshape(len(label), -1), label).mean()
+        return {"": kl_divergence(logits, label).mean()}
+    return {"": cross_entropy(logits.reshape(len(label), -1), label).mean()}
 
 
 @pytest.mark.parametrize("kind", HEADS)
@@ -86,9 +90,12 @@ def test_outputs_loss_and_gradients(recorded, kind, tmp_path):
 
     def loss(model):
         outputs = model(**inputs)
-        return loss_of(outputs, recorded, kind), outputs
+        parts = losses_of(outputs, recorded, kind)
+        return sum(parts.values()), (parts, outputs)
 
-    value, out, gradient = run(model, loss)
+    value, (parts, out), gradient = run(model, loss)
+    for part, found in parts.items():
+        recorded.check(f"loss/{kind}_{part}".removesuffix("_"), found)
     recorded.check(f"out/{kind}/sequence_output", out["last_hidden_state"])
     recorded.check(f"out/{kind}/pooled_output", out["pooler_output"])
     if kind == "pretraining":

@@ -1,13 +1,18 @@
 """VL-BERT beside recorded runs of its own code."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from safetensors.numpy import load_file
 
 from mmjax.models.vl_bert import VlBert, VlBertConfig, VlBertTextConfig
+from mmjax.objectives.answering import soft_binary_cross_entropy
+from mmjax.objectives.loss import weighted
+from mmjax.objectives.masked_language import word_loss
+from mmjax.objectives.masked_regions import kl_divergence
+from mmjax.objectives.matching import matching_loss
 from tests.weights.families.recorded import Recorded, assert_saved_whole, load, run
 
 PRETRAINING = {"masked_language": True, "region_classes": 14, "matching": True}
@@ -80,18 +85,19 @@ LOSSES = ("mlm", "mvrc", "rel")
 @pytest.mark.parametrize("name", [*LOSSES, "total"])
 def test_pretraining(name, vl_bert, pretrained):
     inputs = inputs_of(vl_bert)
-    words, regions = vl_bert["in/mlm_labels"], vl_bert["in/mvrc_labels"]
-    is_target = regions.sum(axis=-1) > 0.5
+    words, regions = jnp.asarray(vl_bert["in/mlm_labels"]), jnp.asarray(vl_bert["in/mvrc_labels"])
+    is_match = jnp.asarray(vl_bert["in/relationship_label"] == 1)
+    entropy = jax.scipy.special.entr(regions).sum(axis=-1)
 
     def losses(out):
-        hard = optax.softmax_cross_entropy_with_integer_labels
-        soft = optax.softmax_cross_entropy(out["region_logits"], regions)
-        masked = words != -1
-        return {
-            "mlm": hard(out["mlm_logits"][masked], words[masked]).mean(),
-            "mvrc": soft.mean(where=is_target),
-            "rel": hard(out["itm_logits"], vl_bert["in/relationship_label"]).mean(),
+        # Theirs is the cross-entropy of soft labels.
+        of_regions = kl_divergence(out["region_logits"], regions) + entropy
+        parts = {
+            "mlm": weighted(word_loss(out["mlm_logits"], words), words != -1),
+            "mvrc": weighted(of_regions, regions.sum(axis=-1) > 0),
+            "rel": weighted(matching_loss(out["itm_logits"], is_match), jnp.ones(4)),
         }
+        return {name: total / weight for name, (total, weight) in parts.items()}
 
     def loss(model):
         out = model(**inputs)
@@ -121,8 +127,8 @@ def test_questions(vl_bert, tmp_path):
 
     def loss(model):
         logits = model(**inputs)["vqa_logits"]
-        entropy = optax.sigmoid_binary_cross_entropy(logits, vl_bert["in/vqa_label"])
-        return entropy.mean() * 13, logits
+        scores = jnp.asarray(vl_bert["in/vqa_label"])
+        return soft_binary_cross_entropy(logits, scores).mean(), logits
 
     value, logits, gradient = run(model, loss)
     vl_bert.check("out/vqa/logits", logits)

@@ -1,0 +1,81 @@
+"""Soft targets from the moving average, mixed with labels."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.objectives.momentum_distillation import (
+    MomentumDistilled,
+    mixed,
+    ramped,
+    soft_cross_entropy,
+)
+
+
+def log_softmax(x):
+    x = np.asarray(x, np.float64)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    ("step", "ramp_steps", "expected"),
+    [(0, 0, 0.4), (9, 0, 0.4), (0, 8, 0.0), (2, 8, 0.1), (8, 8, 0.4), (90, 8, 0.4)],
+)
+def test_the_share_grows_linearly(step, ramp_steps, expected):
+    assert float(ramped(0.4, jnp.asarray(step), ramp_steps)) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 4, 6), (1, 1)])
+def test_soft_targets_agree_with_the_plain_sum(shape):
+    logits, teacher = 3 * np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    expected = -(np.exp(log_softmax(teacher)) * log_softmax(logits)).sum(axis=-1)
+    found = soft_cross_entropy(jnp.asarray(logits), jnp.asarray(teacher))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_only_the_student_learns():
+    """The gradient is that of the Kullback-Leibler divergence: probability less the teacher's."""
+    logits, teacher = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
+    of_logits, of_teacher = jax.grad(lambda *x: soft_cross_entropy(*x).sum(), (0, 1))(
+        logits, teacher
+    )
+    expected = np.exp(log_softmax(logits)) - np.exp(log_softmax(teacher))
+    np.testing.assert_allclose(of_logits, expected, atol=1e-6)
+    assert not of_teacher.any()
+
+
+def test_the_average_runs_only_where_it_teaches():
+    logits = jnp.asarray([[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]])
+    teacher, losses = logits[::-1], jnp.asarray([0.25, 4.0])
+    step = jnp.asarray(3)
+    average = SimpleNamespace(logits=teacher)
+    features = SimpleNamespace(average=average, step=step)
+
+    def found(features, **options):
+        seen = []
+
+        def logits_of(average):
+            seen.append(average)
+            return average.logits
+
+        objective = MomentumDistilled(**options)
+        return objective.distilled(losses, logits, features, logits_of), len(seen)
+
+    half = {"distill": 0.8, "ramp_steps": 6}  # α is 0.4 at step 3
+    taught, runs = found(features, **half)
+    assert runs == 1
+    expected = mixed(losses, soft_cross_entropy(logits, teacher), 0.4)
+    np.testing.assert_allclose(taught, expected, rtol=1e-6)
+    np.testing.assert_allclose(taught - losses, 0.4 * (expected - losses) / 0.4, rtol=1e-5)
+    for plain, options in (
+        (features, {"distill": 0.0}),
+        (SimpleNamespace(average=None, step=None), half),
+    ):
+        alone, runs = found(plain, **options)
+        np.testing.assert_array_equal(alone, losses)
+        assert runs == 0
+    assert MomentumDistilled(distill=0.1).needs_average
+    assert not MomentumDistilled().needs_average
