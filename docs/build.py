@@ -155,7 +155,9 @@ def objectives_table(_: str) -> str:
         module = objective.__module__.rpartition(".")[2]
         test = f"tests/objectives/test_{module}.py"
         assert (DOCS.parent / test).exists(), f"{name} has no {test}"
-        formula, source = (text.replace("|", "\\|") for text in (objective.formula, objective.source))
+        formula, source = (
+            text.replace("|", "\\|") for text in (objective.formula, objective.source)
+        )
         cells = [f"`{name}`", formula, source, f"[{module}](../{test})", ", ".join(used[name])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -5,7 +5,7 @@ BERT-base's size, 36 regions of 2,048 features, 15 % of words and of regions hid
 the regions' features, labels and attributes to be guessed, matching with a false text half of the
 time, batch 256, 20 epochs (about 670,000 steps of that batch over 9.18 million texts), Adam at
 1e-4 with linear decay. From its code: the visual losses are weighted 1 / 0.15 and averaged over
-all regions.
+all regions; labels and attributes are asked of regions that are not hidden as well.
 Ours: question answering is left to fine-tuning (objectives.answer_labels adds it where the texts
 are questions with answers; the paper's 9,500); AdamW.
 
@@ -37,9 +37,9 @@ def get_config(arg=None):
     )
     config.objectives.masked_language.weight = 1.0
     config.objectives.pairing.weight = 1.0
-    for name in ("region_labels", "region_attributes", "region_features"):
-        config.objectives[name].weight = 1.0
-    config.objectives.region_features.distance = "smooth_l1"
+    for name in ("region_labels", "region_attributes"):
+        config.objectives[name].update(weight=1 / 0.15, hidden=False)
+    config.objectives.region_features.update(weight=1.0, distance="smooth_l1")
     config.optimizer.update(learning_rate=1e-4, b2=0.999, weight_decay=0.01)
     config.optimizer.schedule.update(kind="linear", warmup_steps=33_500)
     config.checkpoint.every = 5_000

@@ -33,7 +33,8 @@ def get_config(arg=None):
     config.objectives.masked_language.weight = 2.0
     config.objectives.pairing.update(weight=2.0, replaces="image", transport=0.1)
     config.objectives.region_features.weight = 1.0
-    config.objectives.region_distributions.weight = 1.0
+    # (the original takes the mean over classes, too)
+    config.objectives.region_distributions.weight = 1 / 1_601
     config.optimizer.update(learning_rate=5e-5, b2=0.98, weight_decay=0.01)
     config.optimizer.schedule.update(kind="linear", warmup_steps=20_000)
     config.checkpoint.every = 5_000
@@ -42,3 +43,4 @@ def get_config(arg=None):
 
 def adapt(config):
     config.model.region_classes = len(REGION_LABELS)
+    config.objectives.region_distributions.weight = 1.0

@@ -21,6 +21,7 @@ from mmjax.evaluation.encoding import Pictures, Subject, encode_gallery
 from mmjax.evaluation.matching import attention_examples, matching_examples, score_matching
 from mmjax.evaluation.report import Result
 from mmjax.evaluation.retrieval import retrieval_examples, score_retrieval
+from mmjax.models.fusion import FUSIONS
 
 # The fields of a model's config whose heads an evaluation asks; matching encodes as retrieval does.
 HEADS = {
@@ -111,7 +112,8 @@ class Evaluation:
 
     def _has_attention(self) -> bool:
         """Whether words look at the picture in a fusion that can show where."""
-        return getattr(getattr(self.model, "fusion", None), "kind", "none") != "none"
+        kind = getattr(getattr(self.model, "fusion", None), "kind", "none")
+        return hasattr(FUSIONS[kind], "attention_maps")
 
     def _questions(
         self, subject: Subject, folder: Path | None, question_only: Subject | None

@@ -127,7 +127,10 @@ class CoAttentionLayer(nnx.Module):
 
 
 class Fusion(nnx.Module):
-    """How every fusion begins and ends: projections and types, and a pooled vector of the pair."""
+    """How every fusion begins and ends: projections and types, and a pooled vector of the pair.
+
+    One that can show where words look has `attention_maps` too.
+    """
 
     def __init__(
         self,
@@ -188,12 +191,6 @@ class Fusion(nnx.Module):
             summary = image_tokens[:, 0] if self.image_class_token else mean
             pooled = jnp.concatenate([pooled, jnp.tanh(self.image_pooler(summary))], axis=-1)
         return Fused(image_tokens=image_tokens, text_tokens=text_tokens, pooled=pooled)
-
-    def attention_maps(
-        self, image: Encoded, text: Encoded
-    ) -> Float[Array, "depth batch length patches"]:
-        """Every layer's attention of each word over the picture's tokens, averaged over heads."""
-        raise NotImplementedError
 
     def _layers(self, rngs: nnx.Rngs) -> Stack:
         raise NotImplementedError

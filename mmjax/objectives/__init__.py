@@ -32,7 +32,7 @@ from mmjax.objectives.feature_distillation import (
 from mmjax.objectives.features import Features
 from mmjax.objectives.loss import Loss, purpose_key
 from mmjax.objectives.masked_codes import MaskedCodes, MaskedCodesAlone
-from mmjax.objectives.masked_language import MaskedLanguage
+from mmjax.objectives.masked_language import MaskedLanguage, MaskedLanguageAlone
 from mmjax.objectives.masked_regions import (
     RegionAttributes,
     RegionDistributions,
@@ -70,6 +70,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "ranking": Ranking,
     "margin_ranking": MarginRanking,
     "masked_language": MaskedLanguage,
+    "masked_language_alone": MaskedLanguageAlone,
     "masked_codes": MaskedCodes,
     "masked_codes_alone": MaskedCodesAlone,
     "region_features": RegionFeatures,

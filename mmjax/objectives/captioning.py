@@ -28,7 +28,7 @@ class Captioning(Objective):
     prompt: str = ""  # words before those of every caption; they are given
 
     formula: ClassVar[str] = "−log p(wₜ | w₍<t₎, picture), mean over words"
-    source: ClassVar[str] = "Vinyals et al. 2015, eq. 4; Li et al. 2022, BLIP, section 3.2"
+    source: ClassVar[str] = "Vinyals et al. 2015, eq. 2; Li et al. 2022, BLIP, section 3.2"
     needs: ClassVar[tuple[str, ...]] = ("text_decoder",)
 
     def __call__(self, features: Features, key: jax.Array) -> Loss:
@@ -59,7 +59,7 @@ class PrefixLanguage(Objective):
     start_id: int = -1  # the token that the decoder begins with; -1: the caption's first
 
     formula: ClassVar[str] = "−log p(wₜ | w₍<t₎, picture), mean over the words behind a drawn cut"
-    source: ClassVar[str] = "Wang et al. 2022, SimVLM, section 3.1, equation 3"
+    source: ClassVar[str] = "Wang et al. 2022, SimVLM, section 3 (PrefixLM)"
     needs: ClassVar[tuple[str, ...]] = ("text_decoder",)
 
     def __call__(self, features: Features, key: jax.Array) -> Loss:

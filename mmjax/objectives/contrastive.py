@@ -54,8 +54,8 @@ class Contrastive(Objective):
 class SigmoidContrastive(Objective):
     """Every pair of the global batch is a question of its own: do they belong together?
 
-    The head has the scale and the bias; SigLIP's (`logit_bias`) begin at ln 10 and −10. Captions of
-    the same picture (equal `image_id`) belong to it as well.
+    The head has the scale and the bias; SigLIP's (`factor=10`, `logit_bias=True`) begin at 10 and
+    −10. Captions of the same picture (equal `image_id`) belong to it as well.
     """
 
     formula: ClassVar[str] = "−Σⱼ log σ(zᵢⱼ (s xᵢ·tⱼ + b)), z = 1 for positives, else −1"

@@ -1,8 +1,8 @@
 """Masked region modelling (MRM): what hidden regions show, given the others and the text.
 
-Every loss here is a mean over the regions that are asked for. LXMERT's code divides by all regions
-of the batch and multiplies by 1/0.15, the inverse of the share that it hides, which is in
-expectation the same.
+Every loss here is a mean over the regions that are asked for, as in UNITER. LXMERT's code divides
+by all regions of the batch and multiplies by 1/0.15, the inverse of the share that it hides, which
+is in expectation the same where it asks for hidden ones.
 """
 
 from dataclasses import dataclass

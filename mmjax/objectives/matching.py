@@ -147,9 +147,13 @@ def loss_of_pairs(
     labels: Bool[Array, " pairs"],
     weights: Shaped[Array, " pairs"],
 ) -> Loss:
-    """The mean over pairs, with the accuracy and the share of true ones."""
+    """The mean over pairs, with the accuracy and the share of true ones.
+
+    The metric `cross_entropy` is that mean, whatever an objective adds to its loss.
+    """
     total, weight = weighted(matching_loss(logits, labels), weights)
     metrics = {
+        f"{name}/cross_entropy": (total, weight),
         f"{name}/accuracy": weighted(logits.argmax(axis=-1) == labels, weights),
         f"{name}/positives": weighted(labels, weights),
     }

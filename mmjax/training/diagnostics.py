@@ -88,9 +88,9 @@ class MatchingPrior(Symptom):
     TOLERANCE = 0.01  # nats
 
     def seen(self, recent: Recent) -> Iterator[tuple[str, str]]:
-        """The loss is at least the entropy of true and false."""
+        """The cross-entropy is at least the entropy of true and false."""
         for objective in recent.having("positives"):
-            loss = f"{objective}/loss"
+            loss = f"{objective}/cross_entropy"
             prior = prior_loss(recent.mean(f"{objective}/positives"))
             if recent.lowest(loss) >= prior - self.TOLERANCE:
                 yield (
@@ -163,8 +163,8 @@ class LogitScaleBound(Symptom):
 
     name = "logit_scale_bound"
     hint = (
-        "optimizer.bounds sets its bounds. A scale at the top is often that of a model that knows "
-        "its few pairs by heart; at the bottom, of one that cannot tell pairs apart."
+        "optimizer.bounds sets its bounds. A temperature at the sharp end is often that of a model "
+        "that knows its few pairs by heart; at the flat end, of one that cannot tell pairs apart."
     )
     SHARE = 0.5  # of the steps: noise takes it off the bound now and then
 
@@ -185,15 +185,14 @@ class TeacherIdentical(Symptom):
     """A teacher that cannot teach: its parameters are the student's."""
 
     name = "teacher_identical"
-    hint = (
-        "Usual causes: a learning rate of 0, everything frozen, an optimizer.ema_decay near 0, or "
-        "an init_from that is the teacher.checkpoint."
-    )
+    hint = "Usual causes: a learning rate of 0, everything frozen, an optimizer.ema_decay near 0."
+    TEACHERS = ("average", "reference")
     DISTANCE = 1e-6  # relative: a few roundings of float32
 
     def seen(self, recent: Recent) -> Iterator[tuple[str, str]]:
         """Their parameters differ by no more than roundings."""
-        for teacher in {"average", "reference"}.intersection(recent.having("distance")):
+        logged = recent.having("distance")
+        for teacher in (teacher for teacher in self.TEACHERS if teacher in logged):
             if recent.highest(f"{teacher}/distance") < self.DISTANCE:
                 yield (
                     teacher,

@@ -102,7 +102,7 @@ def make_train_step(
         if ema is not None:
             ema = optax.incremental_update(params, ema, 1 - ema_decay)
         for name, teacher in {"average": ema, "reference": reference}.items():
-            if jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, teacher):
+            if teacher is not None and _shapes(params) == _shapes(teacher):
                 metrics[f"{name}/distance"] = _distance(params, teacher)
         return TrainState(state.step + 1, params, opt_state, ema, state.memory | memory), metrics
 
@@ -233,3 +233,7 @@ def _distance(params: Parameters, others: Parameters) -> jax.Array:
     """How far the parameters are from others, relative to their own norm."""
     difference = jax.tree.map(jnp.subtract, params, others)
     return optax.tree.norm(difference) / jnp.maximum(optax.tree.norm(params), 1e-9)
+
+
+def _shapes(params: Parameters) -> Any:
+    return jax.tree.map(jnp.shape, params)

@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmjax.errors import InputError
+from mmjax.models import build_model
 from mmjax.objectives import Features
 from mmjax.objectives.contrastive import (
     Contrastive,
@@ -17,7 +19,7 @@ from mmjax.objectives.contrastive import (
     late_interaction,
     sigmoid_loss,
 )
-from tests.models.reference import assert_close
+from tests.models.reference import assert_close, split, tiny_batch, tiny_model
 from tests.objectives.fakes import FakeModel, batch_of, loss_on, unit_vectors
 
 SAME = [5, 5, 1, 2, 5, 2, 9, 9, 9, 0, 3]
@@ -264,6 +266,30 @@ def test_a_class_token_is_no_patch():
     behind = jnp.concatenate([jnp.full((11, 1, 6), 5.0), given["image"]], axis=1)
     with_token = run(TokenContrastive(), given | {"image": behind}, config=config)
     np.testing.assert_allclose(with_token.total, run(TokenContrastive(), given).total, rtol=1e-6)
+
+
+def test_tokens_of_a_model_go_through_its_projections():
+    config = tiny_model()
+    graph, params = split(lambda: build_model(config, nnx.Rngs(0)))
+    given = {name: jnp.asarray(x) for name, x in tiny_batch(config, 6).items()}
+
+    @jax.jit
+    def run(params):
+        features = Features(nnx.merge(graph, params), given)
+        loss = TokenContrastive()(features, jax.random.key(0))
+        return loss.total / loss.weight, features.image.tokens, features.text.tokens
+
+    loss, patches, words = run(params)
+
+    def project(tokens, side):
+        p = params["contrastive"][f"{side}_projection"]
+        x = np.asarray(tokens, np.float64) @ p["kernel"] + p["bias"]
+        return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+    exact = in_float64(given)
+    exact |= {"image": project(patches[:, 1:], "image"), "text": project(words, "text")}
+    scale = np.exp(params["contrastive"]["logit_scale"])
+    np.testing.assert_allclose(loss, token_reference(exact, scale=scale), rtol=1e-5)
 
 
 def test_what_cannot_be_is_refused():

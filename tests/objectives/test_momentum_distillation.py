@@ -1,18 +1,12 @@
 """Soft targets from the moving average, mixed with labels."""
 
-from types import SimpleNamespace
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mmjax.objectives.momentum_distillation import (
-    MomentumDistilled,
-    mixed,
-    ramped,
-    soft_cross_entropy,
-)
+from mmjax.objectives.features import Features
+from mmjax.objectives.momentum_distillation import MomentumDistilled, ramped, soft_cross_entropy
 
 
 def log_softmax(x):
@@ -47,35 +41,35 @@ def test_only_the_student_learns():
     assert not of_teacher.any()
 
 
+def features(logits, step=None, average=None):
+    """Of a model that answers `logits`."""
+    given = object.__new__(Features)
+    given.model, given.step, given.average = logits, step, average
+    return given
+
+
 def test_the_average_runs_only_where_it_teaches():
     logits = jnp.asarray([[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]])
     teacher, losses = logits[::-1], jnp.asarray([0.25, 4.0])
-    step = jnp.asarray(3)
-    average = SimpleNamespace(logits=teacher)
-    features = SimpleNamespace(average=average, step=step)
+    in_training = features(logits, jnp.asarray(3), features(teacher))
+    runs = []
 
-    def found(features, **options):
-        seen = []
+    def logits_of(features):
+        runs.append(features)
+        return features.model
 
-        def logits_of(average):
-            seen.append(average)
-            return average.logits
-
-        objective = MomentumDistilled(**options)
-        return objective.distilled(losses, logits, features, logits_of), len(seen)
-
-    half = {"distill": 0.8, "ramp_steps": 6}  # α is 0.4 at step 3
-    taught, runs = found(features, **half)
-    assert runs == 1
-    expected = mixed(losses, soft_cross_entropy(logits, teacher), 0.4)
+    half_way = MomentumDistilled(distill=0.8, ramp_steps=6)
+    taught = half_way.distilled(losses, logits, in_training, logits_of)
+    assert runs == [in_training.average]
+    p = np.exp(log_softmax(teacher))
+    expected = 0.6 * losses - 0.4 * (p * log_softmax(logits)).sum(axis=-1)
     np.testing.assert_allclose(taught, expected, rtol=1e-6)
-    np.testing.assert_allclose(taught - losses, 0.4 * (expected - losses) / 0.4, rtol=1e-5)
-    for plain, options in (
-        (features, {"distill": 0.0}),
-        (SimpleNamespace(average=None, step=None), half),
+    for objective, given in (
+        (MomentumDistilled(), in_training),
+        (half_way, features(logits)),
     ):
-        alone, runs = found(plain, **options)
+        alone = objective.distilled(losses, logits, given, logits_of)
         np.testing.assert_array_equal(alone, losses)
-        assert runs == 0
-    assert MomentumDistilled(distill=0.1).needs_average
+    assert len(runs) == 1
+    assert half_way.needs_average
     assert not MomentumDistilled().needs_average

@@ -1,6 +1,7 @@
 """Losses beside those that classes of `transformers` compute themselves, and their gradients."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from tests.objectives.fakes import FakeTokenizer, batch_of
 from tests.parity import torch_side
 
 LOSSES = 1e-5
-GRADIENTS = 1e-3  # relative, by norm, of every parameter
+GRADIENTS = 1e-4  # relative, by norm, of every parameter
 ROWS = 4
 
 
@@ -31,7 +32,7 @@ class Sides:
 
     theirs: torch.nn.Module
     model: mmjax.models.model.Model
-    folder: object
+    folder: Path
 
     def assert_same(self, loss, their_loss):
         """`loss(model)` and `their_loss`, and both by every parameter."""
@@ -61,7 +62,7 @@ def sides(request, tmp_path):
     case = next(case for case in CASES if case.name == request.param)
     theirs = torch_side.build(case)
     if case.name == "align":
-        theirs.temperature.data.fill_(0.5)  # 1 makes little of a difference in similarity
+        theirs.temperature.data.fill_(0.1)  # 1 makes little of a difference in similarity
     theirs.save_pretrained(tmp_path / "theirs")
     return Sides(theirs, mmjax.load(tmp_path / "theirs"), tmp_path)
 
@@ -79,7 +80,11 @@ def pairs(seed=0):
 
 @pytest.mark.parametrize(
     ("sides", "objective"),
-    [("clip", Contrastive()), ("align", Contrastive()), ("siglip", SigmoidContrastive())],
+    [
+        ("clip", Contrastive()),
+        ("align", Contrastive(smoothing=0.1)),
+        ("siglip", SigmoidContrastive()),
+    ],
     indirect=["sides"],
 )
 def test_contrastive_losses(sides, objective):

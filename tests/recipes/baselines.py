@@ -95,6 +95,7 @@ BASELINES: dict[str, Callable[[Batch], float]] = {
     "pairing": one_in_two,
     "labelled_pairing": one_in_two,
     "masked_language": words,
+    "masked_language_alone": words,
     "captioning": words,
     "prefix_language": words,
     "answering": soft_answers,

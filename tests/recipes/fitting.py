@@ -17,7 +17,7 @@ from mmjax.training.program import Program
 from mmjax.training.start import load_tokenizer, resolve, start_state
 from train import open_batches
 
-STEPS = 100
+STEPS = 200
 ROOT = Path(__file__).resolve().parents[2]
 
 
