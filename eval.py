@@ -39,7 +39,9 @@ def evaluate(config: ConfigDict, checkpoint: str, output: Path) -> dict[str, flo
     folder = find_checkpoint(checkpoint)
     with jax.set_mesh(mesh):
         subject, trained, model = load_subject(str(folder), config, mesh)
-        data = evaluation_data(config.to_dict(), trained["data"])
+        # Keys that are younger than the checkpoint have their default.
+        data = {**configuration.train_config().data.to_dict(), **trained["data"]}
+        data = evaluation_data(config.to_dict(), data)
         evaluation = Evaluation.open(config.to_dict(), data, model)
         if not evaluation.runs:
             raise InputError("the config asks for no evaluation: set retrieval.run, or another.")

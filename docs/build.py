@@ -22,6 +22,8 @@ from typing import Any
 
 import jax
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the recipes
+
 from mmjax.evaluation.report import format_value, read_report, sources
 from mmjax.objectives import OBJECTIVES, Masking
 from mmjax.objectives.adversarial import Adversarial
@@ -151,13 +153,11 @@ def objectives_table(_: str) -> str:
         "|---|---|---|---|---|",
     ]
     used = recipes_by_objective()
-    for name, objective in OBJECTIVES.items():
+    for name, objective in {**OBJECTIVES, "adversarial": Adversarial}.items():
         module = objective.__module__.rpartition(".")[2]
         test = f"tests/objectives/test_{module}.py"
         assert (DOCS.parent / test).exists(), f"{name} has no {test}"
-        formula, source = (
-            text.replace("|", "\\|") for text in (objective.formula, objective.source)
-        )
+        formula, source = (x.replace("|", "\\|") for x in (objective.formula, objective.source))
         cells = [f"`{name}`", formula, source, f"[{module}](../{test})", ", ".join(used[name])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -174,14 +174,15 @@ def options_tables(_: str) -> str:
 
 def recipes_by_objective() -> dict[str, list[str]]:
     """The files of configs/pretrain and configs/finetune that give each objective a weight."""
-    used: dict[str, list[str]] = {name: [] for name in OBJECTIVES}
+    used: dict[str, list[str]] = {name: [] for name in (*OBJECTIVES, "adversarial")}
     for path in sorted(DOCS.parent.glob("configs/*/*.py")):
         if path.parent.name not in ("pretrain", "finetune"):
             continue
         recipe = importlib.import_module(f"configs.{path.parent.name}.{path.stem}").get_config()
-        for name, options in recipe.objectives.items():
-            if options.weight > 0:
-                used[name].append(f"[{path.stem}](../configs/{path.parent.name}/{path.name})")
+        names = [name for name, options in recipe.objectives.items() if options.weight > 0]
+        names += ["adversarial"] if recipe.adversarial.steps else []
+        for name in names:
+            used[name].append(f"[{path.stem}](../configs/{path.parent.name}/{path.name})")
     return used
 
 

@@ -12,7 +12,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
-from mmjax.errors import InputError
+from mmjax.errors import InputError, near_misses
 
 HERE = Path(__file__).resolve().parent
 
@@ -39,6 +39,10 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
             _exit(f"unexpected argument {arguments[1]!r}: flags are written --name=value.")
         if flags.FLAGS.distributed:
             _join_processes()
+        try:
+            config.value.keys()  # of a file that was not found, the first access tells
+        except OSError as error:
+            _exit(_unreadable(sys.argv, error))
         try:
             main(config.value)
         except InputError as error:
@@ -74,7 +78,8 @@ def _parse(arguments: Sequence[str]) -> list[str]:  # type: ignore[return]
     try:
         return flags.FLAGS(list(arguments), known_only=False)
     except flags.Error as error:
-        _exit(f"{error}\nSee --help.")
+        told = _by_recipe(error)
+        _exit(str(told) if told else f"{error}\nSee --help.")
     except InputError as error:  # raised by a recipe
         _exit(str(error))
     except (AttributeError, KeyError) as error:
@@ -84,7 +89,26 @@ def _parse(arguments: Sequence[str]) -> list[str]:  # type: ignore[return]
     except (TypeError, ValueError) as error:
         _exit(f"a --config override does not fit: {error}")
     except OSError as error:
-        _exit(f"--config: {error}")
+        _exit(_unreadable(arguments, error))
+
+
+def _by_recipe(error: BaseException | None) -> InputError | None:
+    """What a recipe raised, below the errors that flags make of it."""
+    found = None
+    while error is not None:
+        found = error if isinstance(error, InputError) else found
+        error = error.__cause__ or error.__context__
+    return found
+
+
+def _unreadable(arguments: Sequence[str], error: OSError) -> str:
+    """The recipe that is not there, and what lies beside it under such a name."""
+    named = [a.partition("=")[2] for a in arguments if a.lstrip("-").startswith("config=")]
+    path = Path(named[0].partition(":")[0]) if named else Path()
+    if not named or path.exists():
+        return f"--config: {error}"
+    beside = [file.name for file in path.parent.glob("*.py")]
+    return f"--config: there is no file {path}.{near_misses(path.name, beside)}"
 
 
 def _unknown_key(arguments: Sequence[str], error: BaseException) -> str | None:

@@ -25,6 +25,7 @@ from mmjax.data.image import load_image
 from mmjax.data.tokenizer import TextTokenizer
 from mmjax.errors import InputError
 from mmjax.models.model import Model
+from mmjax.models.region_encoder import RegionConfig
 from mmjax.processing import load_processor
 from mmjax.training.checkpoints import load_assets
 from mmjax.weights import load
@@ -93,8 +94,9 @@ def predict(
 
 def abilities(model: Model) -> dict[str, str]:
     """What a model can do with a photograph, by the flag that asks for it."""
-    if "image" not in inspect.signature(model.forward).parameters:
-        return {}  # it reads regions that a detector finds, or no pictures at all
+    reads_regions = isinstance(getattr(model.config, "image", None), RegionConfig)
+    if reads_regions or "image" not in inspect.signature(model.forward).parameters:
+        return {}  # it reads what a detector finds, or no pictures at all
     able = {}
     if _has(model, "contrastive"):
         able["text"] = "--text: compare the picture with texts"

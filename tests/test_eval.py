@@ -7,7 +7,10 @@ import pytest
 
 import eval as scoring
 import train
+from mmjax.config import model_section
+from mmjax.data.scenes import REGION_FEATURES
 from mmjax.errors import InputError
+from mmjax.training.checkpoints import find_checkpoint
 
 
 def config_of(name):
@@ -104,3 +107,64 @@ def test_what_cannot_be_scored_is_refused(pretrained, tmp_path):
     config.vqa.run = False
     with pytest.raises(InputError, match="asks for no evaluation"):
         scoring.evaluate(config, str(pretrained), tmp_path / "out")
+
+
+def test_two_towers_retrieve(tiny_config, tmp_path):
+    """Whatever the key of the config that describes their contrastive head."""
+    layers = {"width": 16, "heads": 2, "depth": 1}
+    with tiny_config.unlocked():
+        tiny_config.model = model_section(
+            "two_tower",
+            image={**layers, "image_size": 0, "patch_size": 32},
+            text=layers,
+            contrastive={"width": 8},
+        )
+    for name in ("matching", "masked_language"):
+        tiny_config.objectives[name].weight = 0.0
+    tiny_config.total_steps = 1
+    train.train(tiny_config, tmp_path / "run")
+    config = config_of("retrieval")
+    config.retrieval.rerank = 0
+    with pytest.raises(InputError, match=r"matching needs a head .* model\.matching"):
+        scoring.evaluate(config, str(tmp_path / "run"), tmp_path / "out")
+    config.matching.run = False
+    metrics = scoring.evaluate(config, str(tmp_path / "run"), tmp_path / "out")
+    assert metrics["retrieval/captions"] == 100
+    config.retrieval.rerank = 2
+    with pytest.raises(InputError, match=r"retrieval\.rerank needs a head .* model\.matching"):
+        scoring.evaluate(config, str(tmp_path / "run"), tmp_path / "out")
+
+
+def test_models_of_regions_answer_and_match(tiny_config, tmp_path):
+    """They read other fields of the batch, and have no contrastive head."""
+    with tiny_config.unlocked():
+        tiny_config.model = model_section(
+            "uniter",
+            text={"width": 16, "heads": 2, "depth": 1},
+            region_width=REGION_FEATURES,
+            matching=True,
+        )
+    for objective in tiny_config.objectives.values():
+        objective.weight = 0.0
+    tiny_config.objectives.answering.weight = 1.0
+    tiny_config.data.update(task="questions", regions=True)
+    tiny_config.total_steps = 1
+    train.train(tiny_config, tmp_path / "run")
+    metrics = scoring.evaluate(config_of("vqa"), str(tmp_path / "run"), tmp_path / "vqa")
+    assert metrics["vqa/questions"] == 20
+    config = config_of("retrieval")
+    with pytest.raises(InputError, match=r"retrieval needs a head .* model\.embedding_width"):
+        scoring.evaluate(config, str(tmp_path / "run"), tmp_path / "out")
+    config.retrieval.run = False
+    metrics = scoring.evaluate(config, str(tmp_path / "run"), tmp_path / "matching")
+    assert metrics["itm/pairs"] == 200
+    assert 0 <= metrics["itm/roc_auc"] <= 1
+
+
+def test_keys_that_a_checkpoint_is_too_old_for_have_their_default(pretrained, tmp_path):
+    path = find_checkpoint(pretrained) / "assets" / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("regions", "tags", "false_tags", "second_caption", "code_grid", "prompt"):
+        del config["data"][key]
+    path.write_text(json.dumps(config))
+    scoring.evaluate(config_of("retrieval"), str(pretrained), tmp_path / "out")

@@ -9,12 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 
 import mmjax
 import train
+from mmjax.config import model_config, model_section
 from mmjax.errors import InputError
-from mmjax.predict import predict
+from mmjax.models import build_model
+from mmjax.predict import abilities, predict
 
 GOLDENS = Path(__file__).parent / "goldens"
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "dog", "cat", "red", "two", "on", "in"]
@@ -79,6 +82,17 @@ def test_a_model_of_train_py_compares_and_judges(tiny_config, tmp_path, photo):
     listed = predict(str(tmp_path / "run"))
     assert "--text: compare the picture with texts" in listed
     assert "--question" not in listed
+
+
+def test_a_model_of_regions_does_nothing_with_a_photograph():
+    layers = {"width": 8, "depth": 1, "heads": 2}
+    section = model_section(
+        "two_tower",
+        image={"kind": "region_encoder", "region_width": 4, **layers},
+        text={"vocabulary_size": 12, **layers},
+    )
+    model = nnx.eval_shape(lambda: build_model(model_config(section.to_dict()), nnx.Rngs(0)))
+    assert abilities(model) == {}
 
 
 def test_what_a_model_cannot_do_is_told(folder, photo):

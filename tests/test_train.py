@@ -15,6 +15,9 @@ from flax import nnx
 
 import mmjax
 import train
+from mmjax import config as configuration
+from mmjax import schema
+from mmjax.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
 from mmjax.errors import InputError
 from mmjax.models import ViTConfig
 from mmjax.models.encoders import ImageModel, ImageModelConfig
@@ -36,9 +39,15 @@ def assert_same(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path):
+@pytest.mark.parametrize("teaches", [False, True], ids=["plain", "with average and queue"])
+def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path, teaches):
     # A schedule that does not look at total_steps makes the two runs the same run.
     tiny_config.optimizer.schedule.kind = "constant"
+    if teaches:
+        tiny_config.objectives.contrastive.weight = 0.0
+        tiny_config.objectives.momentum_contrastive.update(weight=1.0, queue_size=24)
+        tiny_config.objectives.masked_language.update(distill=0.4, ramp_steps=3)
+        tiny_config.optimizer.ema_decay = 0.9
     train.train(tiny_config, tmp_path / "whole")
     tiny_config.total_steps = 2
     train.train(tiny_config, tmp_path / "parts")
@@ -46,6 +55,8 @@ def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path):
     train.train(tiny_config, tmp_path / "parts")
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
     assert_same(load_parameters(tmp_path / "parts"), load_parameters(tmp_path / "whole"))
+    if teaches:
+        assert log_of(tmp_path / "parts")[-1]["train/momentum_contrastive/queue_filled"] == 1
 
 
 def test_what_a_run_leaves_behind(tiny_config, tmp_path):
@@ -249,6 +260,20 @@ def test_bad_flags_end_in_one_sentence(arguments, message, tmp_path):
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        ("quickstat.py", "quickstat.py. Did you mean quickstart.py?"),
+        ("pretrain/siglip_b16.py:tin", "error: the recipe takes ':tiny' or nothing, not 'tin'."),
+    ],
+)
+def test_a_mistyped_recipe_ends_in_one_sentence(recipe, message, tmp_path):
+    result = run(f"--config={ROOT}/configs/{recipe}", "--workdir=x", cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def test_help_explains_itself(tmp_path):
     text = run("--help", cwd=tmp_path).stdout
     assert "--workdir" in text
@@ -292,7 +317,9 @@ def test_sigterm_writes_a_checkpoint_and_stops(tmp_path):
 
 
 def test_a_run_starts_from_converted_weights(tiny_config, tmp_path):
-    image = ViTConfig(**{**tiny_config.model.image.to_dict(), "image_size": 64})
+    fields = tiny_config.model.image.to_dict()
+    assert fields.pop("kind") == "vit"
+    image = ViTConfig(**{**fields, "image_size": 64})
     save_checkpoint(ImageModel(ImageModelConfig(image), nnx.Rngs(7)), tmp_path / "vit")
     tiny_config.init_from, tiny_config.total_steps = str(tmp_path / "vit"), 1
     tiny_config.data.image_size = 64
@@ -309,3 +336,57 @@ def test_a_converted_text_encoder_needs_its_vocabulary(tiny_config, tmp_path):
     tiny_config.init_from = str(tmp_path / "bert")
     with pytest.raises(InputError, match=r"set data\.vocabulary"):
         train.train(tiny_config, tmp_path / "run")
+
+
+def test_parts_start_from_public_weights(tiny_config, tmp_path, caplog):
+    """Each part from a folder of its own, the words from the vocabulary that lies in one."""
+    fields = tiny_config.model.image.to_dict()
+    fields.pop("kind")
+    vit = ViTConfig(**{**fields, "image_size": 64, "norm_tokens": True})
+    mmjax.save_huggingface(ImageModel(ImageModelConfig(vit), nnx.Rngs(7)), tmp_path / "vit")
+    golden = Path(__file__).parent / "goldens" / "bert"
+    bert = mmjax.load(golden)
+    words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(5, bert.config.text.vocabulary_size))]
+    mmjax.save_huggingface(bert, tmp_path / "bert")
+    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
+    with tiny_config.unlocked():
+        tiny_config.model = configuration.model_section(
+            text=schema.describe(bert.config.text),
+            image=tiny_config.model.image.to_dict(),
+            fusion={"width": 16, "depth": 1, "heads": 2, "project": True},
+        )
+    tiny_config.init_from = {"image": str(tmp_path / "vit"), "text": str(tmp_path / "bert")}
+    tiny_config.data.text_length = bert.config.text.max_length
+    tiny_config.optimizer.rates = (("image/.*", 0.0), ("text/.*", 0.0))
+    tiny_config.total_steps = 1
+    caplog.set_level("INFO", logger="absl")
+    train.train(tiny_config, tmp_path / "run")
+    found = load_parameters(tmp_path / "run")
+    text = nnx.to_pure_dict(nnx.state(bert))["text"]
+    assert_same(found["text"], jax.tree.map(np.asarray, text))
+    image = nnx.to_pure_dict(nnx.state(mmjax.load(tmp_path / "vit")))["image"]
+    assert_same(found["image"], jax.tree.map(np.asarray, image))
+    tokenizer = TextTokenizer.from_json(load_assets(tmp_path / "run")["tokenizer"])
+    assert tokenizer.tokens([7]) == ["word7"]
+    # What one part left initial and another brought is not told as initial.
+    assert caplog.text.count("Initialising from") == 2
+    assert caplog.text.count("left at their initial value") == 1
+    _, left = caplog.text.split("left at their initial value")
+    assert "fusion/" in left
+    assert "    image/blocks" not in left
+    assert "    text/" not in left.partition("not used")[0]
+
+
+def test_a_student_learns_from_a_checkpoint(tiny_config, tmp_path):
+    train.train(tiny_config, tmp_path / "teacher")
+    for name in ("contrastive", "matching", "masked_language"):
+        tiny_config.objectives[name].weight = 0.0
+    tiny_config.objectives.similarity_distillation.weight = 1.0
+    tiny_config.objectives.word_distillation.weight = 1.0
+    with pytest.raises(InputError, match=r"set config\.teacher\.checkpoint"):
+        train.train(tiny_config, tmp_path / "student")
+    tiny_config.teacher.checkpoint = str(tmp_path / "teacher")
+    tiny_config.init_from = str(tmp_path / "teacher")
+    tiny_config.optimizer.learning_rate = 0.0
+    train.train(tiny_config, tmp_path / "student")
+    assert losses_of(tmp_path / "student")[0] == pytest.approx(0, abs=1e-5)

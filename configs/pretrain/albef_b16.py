@@ -7,7 +7,8 @@ over the first epoch; matching with hard negatives; 15 % of the words masked; ba
 epochs, AdamW with decay 0.02, 1,000 warm-up steps to 1e-4, cosine to 1e-5; crops from 0.2, flip,
 RandAugment(2, 7); 25 tokens without [SEP].
 Ours: bfloat16; negatives and queue of the global batch, where the code sees one GPU's; the
-momentum model runs without dropout; the warm-up begins at 0.
+momentum model runs without dropout; the warm-up begins at 0, and is the paper's, where its code
+takes 2,000 steps from 1e-5; gradients are clipped at 1, where its code does not clip.
 
 init_from: 'image' a DeiT-B's public weights, 'text' BERT-base's (its first six layers are the
 text's).

@@ -1,11 +1,14 @@
-"""ALIGN (Jia et al. 2021): EfficientNet-B7 and BERT-large, a contrast over noisy pairs.
+"""ALIGN (Jia et al. 2021): an EfficientNet and a BERT, a contrast over noisy pairs.
 
-From the paper (sections 4 and 5.1): label smoothing 0.1, a learnt temperature that starts at 1,
-the text's first token with a linear map to 640 dimensions, 289 px crops of pictures of 346 px,
-texts of 64 tokens, batch 16,384, rate 1e-3, 10,000 warm-up steps, linear decay over 1.2 million
-steps, weight decay 1e-5.
-Ours: AdamW, where the paper has LAMB; a vocabulary of 32,000 (100,000 there); batch norms keep
-their statistics (docs/decisions.md), so start from public weights: init_from = {'image': FOLDER}.
+From the paper (sections 4.1 and 5): label smoothing 0.1, a learnt temperature that starts at 1,
+BERT-large's first token with a linear map to the width of the picture's vector, 289 px crops of
+pictures of 346 px, mirrored or not, texts of 64 tokens, batch 16,384, rate 1e-3, 10,000 warm-up
+steps, linear decay over 1.2 million steps, weight decay 1e-5.
+Ours: EfficientNet-B7, the largest that has public weights here and the largest but one of the
+paper's ablation (section 6.1), so there is no row to reproduce: those of tables 1 to 5 have
+EfficientNet-L2. B7's last stage is 640 wide. AdamW, where the paper has LAMB; a vocabulary of
+32,000 (100,000 there); batch norms keep their statistics (docs/decisions.md), so start from
+public weights: init_from = {'image': FOLDER}.
 
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).
 """

@@ -4,7 +4,7 @@ From the paper (section 4 and appendix A): CLIP's ViT-B/16 at 288 px, six cross-
 a bridge from each of the last six layers of both encoders, masked language and matching, texts of
 50 tokens, batch 4,096, 100,000 steps, 10 % warm-up, linear, AdamW with decay 0.01, rate 1e-5 for
 encoders and five times that for the rest.
-Ours: BERT-base in place of RoBERTa, as in meter_b16.py.
+Ours: BERT-base in place of RoBERTa, and what that brings, as in meter_b16.py.
 
 init_from: 'image' CLIP ViT-B/16's public weights, 'text' a BERT's.
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).

@@ -1,12 +1,13 @@
 """CLIP ViT-B/16 (Radford et al. 2021): two towers, and the softmax over a batch's similarities.
 
-From the paper (section 2 and table 18, where the rate of B/16 is 5e-4): ViT with a LayerNorm
-before its first layer, text tower of width 512 with 12 layers and 8 heads that reads left to
-right, its end token stands for the text, 77 tokens, space of 512 dimensions, 224 px; batch
-32,768, 32 epochs of 400 million pairs, Adam with b2 0.98, epsilon 1e-6 and decay 0.2, 2,000
-warm-up steps, cosine; scale 1 / 0.07 at the start, at most 100; crops.
-Ours: WordPiece in place of byte-pair words, with the last [SEP] as the end token; GELU in place
-of its quick approximation, as open_clip's models.
+From the paper (section 2, table 18, and table 20's row of ViT-B/16): ViT with a LayerNorm before
+its first layer, text tower of width 512 with 12 layers and 8 heads that reads left to right, its
+end token stands for the text, 77 tokens, space of 512 dimensions, 224 px; batch 32,768, 32 epochs
+of 400 million pairs, Adam with rate 5e-4, b2 0.98, epsilon 1e-6 and decay 0.2, 2,000 warm-up
+steps, cosine; scale 1 / 0.07 at the start, at most 100; crops. From open_clip: crops keep 0.9 of
+the area, GELU in place of its quick approximation.
+Ours: WordPiece in place of byte-pair words, with the last [SEP] as the end token; gradients are
+clipped at 1.
 
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).
 """

@@ -6,10 +6,11 @@ contrastive, matching with hard negatives, masked language. No paper has exactly
 there is no row to reproduce.
 
 From METER: depth and width of the fusion, 10 % warm-up, AdamW with (0.9, 0.98), 100,000 steps.
-From ALBEF: embedding width 256, temperature 0.07, 15 % of the words masked, 256 px, texts of 30
-tokens, decay 0.02.
-Ours: pre-norm layers and bfloat16 throughout, which train from scratch without care; 16,384 pairs
-a step, at which hard negatives of the whole global batch are hard, and a rate of 5e-4 for it.
+From ALBEF: embedding width 256, temperature 0.07, 15 % of the words masked, 256 px, crops from
+0.2, decay 0.02.
+Ours: texts of 32 tokens (25 in ALBEF, 50 in METER), a vocabulary of 32,000; pre-norm layers and
+bfloat16 throughout, which train from scratch without care; 16,384 pairs a step, at which hard
+negatives of the whole global batch are hard, and a rate of 5e-4 for it.
 
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).
 """

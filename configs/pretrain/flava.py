@@ -1,9 +1,9 @@
 """FLAVA (Singh et al. 2022): encoders of pictures, of texts and of both, and five objectives.
 
-From the paper (section 3 and appendix): three ViT-B/16 at 224 px, of 12, 12 and 6 layers, texts
-of 77 tokens, a global contrast, multimodal masked modelling of words (15 %) and of picture codes
-(75 of 196 patches, in blocks), matching; batch 8,192, AdamW with decay 0.1, rate 1e-3, 10,000
-warm-up steps, 150,000 steps in all.
+From the paper (section 3 and appendix; nearest is FLAVA_MM, column 4 of table 4): three ViT-B/16
+at 224 px, of 12, 12 and 6 layers, texts of 77 tokens, a global contrast, multimodal masked
+modelling of words (15 %) and of picture codes (75 of 196 patches, in blocks), matching; batch
+8,192, AdamW with decay 0.1, rate 1e-3, 10,000 warm-up steps, 150,000 steps in all.
 Ours: pairs alone, where the paper mixes in pictures and texts of their own (their two objectives
 are here too, on the pairs' halves); codes come from the data, where the paper takes DALL·E's
 tokenizer.

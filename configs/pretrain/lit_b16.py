@@ -1,9 +1,10 @@
 """LiT B/16 (Zhai et al. 2022): a locked picture tower, and a text tower that learns from it.
 
-From the paper (section 4 and appendix): the image tower is a pre-trained ViT-B/16 at 224 px that
-gets no gradient, the text tower a BERT-base from scratch or from public weights, texts of 16
-tokens, batch 16,384, rate 1e-3, 10,000 warm-up steps, cosine over 55,000 steps; weight decay
-1e-4.
+From the paper (section 4 and appendix, the setting "Lu", or "LU" with public weights): the image
+tower is a pre-trained ViT-B/16 at 224 px that gets no gradient, the text tower a BERT-base from
+scratch or from public weights, texts of 16 tokens, batch 16,384, rate 1e-3, 10,000 warm-up steps,
+cosine over 55,000 steps; weight decay 1e-4, which big_vision does not multiply with the rate: 0.1
+here.
 Ours: AdamW, where the paper has a modified Adafactor; vectors meet in 768 dimensions, so that the
 image tower has no new layer.
 
@@ -30,7 +31,7 @@ def get_config(arg=None):
         contrastive={"width": 768, "project_image": False},
     )
     config.objectives.contrastive.weight = 1.0
-    config.optimizer.update(learning_rate=1e-3, weight_decay=1e-4)
+    config.optimizer.update(learning_rate=1e-3, weight_decay=0.1)
     config.optimizer.rates = (("image/.*", 0.0),)  # locked
     config.optimizer.schedule.warmup_steps = 10_000
     config.checkpoint.every = 5_000

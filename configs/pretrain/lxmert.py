@@ -1,13 +1,15 @@
 """LXMERT (Tan and Bansal 2019): words and regions in encoders of their own, then co-attention.
 
-From the paper (section 3.3 and table 5): 9 language, 5 region and 5 cross-modality layers of
+From the paper (sections 3.1 and 3.3): 9 language, 5 region and 5 cross-modality layers of
 BERT-base's size, 36 regions of 2,048 features, 15 % of words and of regions hidden in one pass,
-the regions' features, labels and attributes to be guessed, matching with a false text half of the
-time, batch 256, 20 epochs (about 670,000 steps of that batch over 9.18 million texts), Adam at
-1e-4 with linear decay. From its code: the visual losses are weighted 1 / 0.15 and averaged over
-all regions; labels and attributes are asked of regions that are not hidden as well.
-Ours: question answering is left to fine-tuning (objectives.answer_labels adds it where the texts
-are questions with answers; the paper's 9,500); AdamW.
+the regions' features and labels to be guessed, matching with a false text half of the time, batch
+256, 20 epochs (about 670,000 steps of that batch over 9.18 million texts), Adam at 1e-4 with
+linear decay. From its code: attributes are to be guessed, too; the visual losses are weighted
+1 / 0.15 and averaged over all regions; labels and attributes are asked of regions that are not
+hidden as well; texts of 20 tokens, 5 % warm-up, decay 0.01, clipping at 1.
+Ours: question answering is left to fine-tuning, as in table 4's rows "P20" (the best, "P10+QA10",
+ends with 10 epochs of it: objectives.answer_labels adds it where the texts are questions with
+answers; the paper's 9,500); AdamW.
 
 Data: a source with regions (docs/guides/adding_a_data_set.md); scenes have them.
 """

@@ -1,15 +1,17 @@
 """ViLBERT (Lu et al. 2019): BERT-base and a stream of regions, joined by co-attention layers.
 
-From the paper (sections 3.1 and 3.2): BERT-base's twelve layers for text, six co-attention
-layers, regions of 2,048 features embedded by features and place, 15 % of words and of regions
-hidden in one pass, the detector's distribution over classes to be guessed of regions, matching
-with false texts; batch 512, 10 epochs of 3.1 million pairs, Adam at 1e-4, warm-up, linear decay.
+From the paper (sections 3.1 and 3.2; table 1's rows of ViLBERT): BERT-base's twelve layers for
+text, six co-attention layers, regions of 2,048 features embedded by features and place, 15 % of
+words and of regions hidden in one pass, the detector's distribution over classes to be guessed of
+regions, matching with false texts; batch 512, 10 epochs of 3.1 million pairs, Adam at 1e-4,
+warm-up, linear decay.
 Ours: the generic two-stream model. Its co-attention follows the whole text encoder of six layers,
 in place of alternating with its upper six; both streams are 768 wide (the regions' 1,024 there),
 a layer crosses first and then attends to itself, and the picture is the mean of its regions,
 where the paper puts a region of the whole picture in front.
 
-init_from: 'text' BERT-base's public weights.
+init_from: 'text' BERT-base's public weights. Its code lets them learn at a tenth of the rate:
+optimizer.rates = (('text/.*', 0.1),).
 Data: a source with regions (docs/guides/adding_a_data_set.md); scenes have them.
 """
 

@@ -4,9 +4,11 @@ From the paper (section 4.1, table 5's row of 200,000 steps with whole word mask
 layers started from a ViT-B/32, 384 px, texts of 40 tokens, whole word masking of 15 %, matching
 with random pictures and word-patch alignment by optimal transport at 0.1, batch 4,096, AdamW with
 decay 0.01, rate 1e-4, 10 % warm-up, linear.
-Ours: pictures are square, where the paper keeps their shape (384 × up to 640); RandAugment is for
-its fine-tuning alone there, and off here.
+Ours: pictures are square, where the paper keeps their shape (384 × up to 640) and reads 200 of
+their patches at most; gradients are clipped at 1, where the code does not clip. RandAugment is
+for fine-tuning alone there, and off here.
 
+init_from: 'image' a ViT-B/32's public weights take the place of the stream's.
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).
 """
 

@@ -15,6 +15,7 @@ from mmjax.errors import InputError
 from mmjax.evaluation.encoding import Pictures, Subject
 from mmjax.evaluation.metrics import soft_accuracy, soft_accuracy_by_type
 from mmjax.evaluation.report import Result, write_atomically
+from mmjax.models.model import taken
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,7 @@ def answer_questions(
     """Answer every question whose picture can be read."""
     rows, probabilities = [], []
     for batch in subject.batches(source, transform, data):
-        fields = ("image", "text", "text_mask", "index", "valid")
-        outputs = subject.run("answer", _answer, {key: batch[key] for key in fields})
+        outputs = subject.run("answer", _answer, batch)
         rows.append(outputs["index"][outputs["valid"]])
         probabilities.append(outputs["probability"][outputs["valid"]])
     return Answers(np.concatenate(rows), np.concatenate(probabilities), names)
@@ -130,11 +130,13 @@ def answering_examples(
 
 
 def _answer(model, batch):
-    if model.answering is None:
+    if getattr(model, "answering", None) is None:
         raise InputError("this model has no answering head: fine-tune it on questions first.")
-    out = model(image=batch["image"], text=batch["text"], text_mask=batch["text_mask"])
+    # By its phases, as objectives ask: what goes in and what comes out has other names elsewhere.
+    image = model.encode_image(**taken(model.encode_image, batch))
+    text = model.encode_text(**taken(model.encode_text, batch))
     return {
-        "probability": jax.nn.sigmoid(out["vqa_logits"]),
+        "probability": jax.nn.sigmoid(model.score_answers(model.fuse(image, text))),
         "index": batch["index"],
         "valid": batch["valid"],
     }

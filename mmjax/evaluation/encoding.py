@@ -184,19 +184,19 @@ def _encode(
 
 def _encode_image(model, batch):
     encoded = model.encode_image(**taken(model.encode_image, batch))
-    _require_embeddings(model)
-    return {**_identity(batch), "encoded": encoded, "embedding": model.embed_image(encoded)}
+    return _encoded(model, batch, encoded, "embed_image")
 
 
 def _encode_text(model, batch):
     encoded = model.encode_text(**taken(model.encode_text, batch))
-    _require_embeddings(model)
-    return {**_identity(batch), "encoded": encoded, "embedding": model.embed_text(encoded)}
+    return _encoded(model, batch, encoded, "embed_text")
 
 
-def _require_embeddings(model):
-    if getattr(model, "contrastive", None) is None:
-        raise InputError("this model has no contrastive head, which retrieval needs.")
+def _encoded(model, batch, encoded, embed):
+    # Without a contrastive head pairs can be matched, if not retrieved: vectors of no width.
+    has_space = getattr(model, "contrastive", None) is not None
+    vectors = getattr(model, embed)(encoded) if has_space else encoded.pooled[:, :0]
+    return {**_identity(batch), "encoded": encoded, "embedding": vectors}
 
 
 def _identity(batch):

@@ -22,12 +22,13 @@ from mmjax.evaluation.matching import attention_examples, matching_examples, sco
 from mmjax.evaluation.report import Result
 from mmjax.evaluation.retrieval import retrieval_examples, score_retrieval
 from mmjax.models.fusion import FUSIONS
+from mmjax.training.state import abstract_model
 
-# The fields of a model's config whose heads an evaluation asks; matching encodes as retrieval does.
+# The head of a model that an evaluation asks, and the key of `config.model` that adds it.
 HEADS = {
-    "retrieval": ("embedding_width",),
-    "matching": ("embedding_width", "matching"),
-    "vqa": ("answers",),
+    "retrieval": ("contrastive", "embedding_width"),
+    "matching": ("matching", "matching"),
+    "vqa": ("answering", "answers"),
 }
 
 
@@ -60,12 +61,14 @@ class Evaluation:
                 "vqa needs questions, retrieval and matching need captions: evaluate them in two "
                 "runs and merge the reports (python -m mmjax.evaluation.report --help)."
             )
-        for name in needed:
-            for field in HEADS[name]:
-                if not getattr(model, field, None):
-                    raise InputError(f"{name} needs a head that the model lacks: model.{field}.")
-        if "retrieval" in needed and config["retrieval"]["rerank"] and not model.matching:
-            raise InputError("retrieval.rerank needs a head that the model lacks: model.matching.")
+        asked = {name: head for name, head in HEADS.items() if name in needed}
+        if "retrieval" in needed and config["retrieval"]["rerank"]:
+            asked["retrieval.rerank"] = HEADS["matching"]
+        # The model and not its config, which need not have a field for every head that is built.
+        heads = abstract_model(model) if asked else None
+        for name, (head, key) in asked.items():
+            if getattr(heads, head, None) is None:
+                raise InputError(f"{name} needs a head that the model lacks: model.{key}.")
         data = {**data, "task": task if needed else data["task"]}
         return cls(config, data, model, load_source(data))
 
@@ -105,7 +108,8 @@ class Evaluation:
             if pictures:
                 count = matching["examples"]
                 drawn = {"matching": matching_examples(gallery, pairs, pictures, count)}
-                if (grid := getattr(self.model.image, "grid", None)) and self._has_attention():
+                grid = getattr(getattr(self.model, "image", None), "grid", None)
+                if grid and self._has_attention():
                     drawn["attention"] = attention_examples(subject, gallery, pictures, grid, count)
                 result = result.merge(Result({}, {}, drawn))
         return result

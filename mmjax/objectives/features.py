@@ -1,5 +1,6 @@
 """The features that the objectives of one step share."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -222,12 +223,16 @@ class Features:
 
     @cached_property
     def _masked_image(self) -> Encoded:
-        """The picture, encoded, some of it hidden: patches where they have codes, or else regions.
+        """The picture, encoded, some of it hidden: patches where a model hides them, or regions.
 
-        They are hidden by the model's own token, or regions as zeros.
+        They are hidden by the model's own token, or regions as zeros. A model that hides neither
+        sees the whole picture.
         """
-        if "image_codes" in self.batch:
+        parameters = inspect.signature(self.model.encode_image).parameters
+        if "patch_mask" in parameters and "image_codes" in self.batch:
             return self.encode_image("masked patches", patch_mask=self._chosen_patches)
+        if "regions" not in parameters or "regions" not in self.batch:
+            return self.image
         chosen = self._chosen_regions
         regions = jnp.where(chosen[..., None], 0, self.batch["regions"])
         return self.encode_image("masked regions", regions=regions, region_masked=chosen)

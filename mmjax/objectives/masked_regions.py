@@ -137,7 +137,7 @@ class RegionLabels(_OfRegions):
 class RegionAttributes(RegionLabels):
     """What hidden regions are like: LXMERT's attributes. All else as for labels."""
 
-    source: ClassVar[str] = "Tan and Bansal 2019, LXMERT, section 3.1.2"
+    source: ClassVar[str] = "Tan and Bansal 2019, LXMERT, published code"
     fields: ClassVar[tuple[str, ...]] = (*_OfRegions.fields, "region_attributes")
     outputs: ClassVar[tuple[str, ...]] = ("attribute_logits",)
     target: ClassVar[str] = "region_attributes"

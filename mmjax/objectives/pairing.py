@@ -75,7 +75,7 @@ class LabelledPairing(Objective):
     """
 
     formula: ClassVar[str] = "−log p(match | picture, text with a part that may be another's)"
-    source: ClassVar[str] = "Li et al. 2019, VisualBERT, 3.2; Li et al. 2020, Oscar, 3.2"
+    source: ClassVar[str] = "Li et al. 2019, VisualBERT, 3.3; Li et al. 2020, Oscar, 3"
     needs: ClassVar[tuple[str, ...]] = ("matcher",)
     fields: ClassVar[tuple[str, ...]] = ("label",)
 

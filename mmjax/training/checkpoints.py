@@ -174,6 +174,9 @@ class Checkpointer:
 
     def close(self) -> None:
         """Waits, then frees the threads."""
+        # Orbax waits for its removal of what is half written before a save alone. Where a run ends
+        # without one, as by an error in its config, that thread would outlive the interpreter.
+        self._orbax._manager._maybe_await_cleanup_tmp_directory()
         self._orbax.close()
 
     def __enter__(self) -> Self:

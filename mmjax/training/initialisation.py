@@ -15,6 +15,7 @@ from mmjax.errors import InputError
 from mmjax.models.model import Model, Moves
 from mmjax.rules import by_path
 from mmjax.training.checkpoints import Tree, listed, load_assets, load_parameters
+from mmjax.weights.hub import resolve
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,8 +51,10 @@ class Start:
     @property
     def vocabulary(self) -> Path | None:
         """BERT's vocabulary beside public weights, where there is one."""
-        path = Path(self.folder) / "vocab.txt"
-        return path if self.reads_text and path.exists() else None
+        if not self.reads_text:
+            return None
+        path = resolve(self.folder, weights=False) / "vocab.txt"
+        return path if path.exists() else None
 
     @property
     def reads_text(self) -> bool:
@@ -92,7 +95,8 @@ def placed(loaded: Tree, moves: Moves, initial: Tree) -> Tree:
 
 def starts(init_from: str | Mapping[str, str]) -> list[Start]:
     """What `config.init_from` names: nothing, one source for all, or one for each part."""
-    parts = init_from if isinstance(init_from, Mapping) else {"": init_from}
+    # A resolved config has a ConfigDict of parts, which is no Mapping.
+    parts = {"": init_from} if isinstance(init_from, str) else dict(init_from.items())
     return [Start(folder, part, _assets(folder)) for part, folder in parts.items() if folder]
 
 

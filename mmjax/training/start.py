@@ -1,5 +1,6 @@
 """How a run starts: resume the workdir, else initialise from a checkpoint, else from scratch."""
 
+import dataclasses
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -70,7 +71,7 @@ def resolve(config: ConfigDict, tokenizer: TextTokenizer, source: Source) -> Con
                 _check_vocabulary(part.vocabulary_size, tokenizer)
         answers = [n for n, o in OBJECTIVES.items() if "answering" in o.needs]
         wanted = any(config.objectives[name].weight > 0 for name in answers)
-        if wanted and not config.model.answers:
+        if wanted and "answers" in config.model and not config.model.answers:
             if not hasattr(source, "answer_list"):
                 raise InputError(
                     f"objectives.{answers[0]} needs a closed list of answers: use a data source "
@@ -108,13 +109,16 @@ def start_state(
     if not found:
         logging.info("Starting from scratch.")
         return state
-    params = state.params
+    params, taken = state.params, set[str]()
     for start in found:
         loaded = start.parameters(model_class(contents.model), params)
         if start.answers != getattr(contents.model, "answers", ()):
-            # The same column would mean another answer.
-            loaded.get("answering", {}).pop("classifier", None)
+            _drop_answers(loaded)
         params, report = merge_parameters(params, loaded, resize=_resize)
+        taken |= {*report.loaded}
+        # What nothing was found for is known, and told, behind the last of several parts.
+        left = [path for path in report.left_initial if path not in taken and start is found[-1]]
+        report = dataclasses.replace(report, left_initial=tuple(left))
         logging.info("Initialising from %s: %s", start.folder, report)
     return state_from_params(contents, params, mesh)
 
@@ -134,6 +138,14 @@ def parameter_counts(params: Mapping[str, Any]) -> str:
     parts = {name: sum(x.size for x in jax.tree.leaves(part)) for name, part in params.items()}
     listed = ", ".join(f"{name} {count:,}" for name, count in parts.items())
     return f"{sum(parts.values()):,} parameters ({listed})"
+
+
+def _drop_answers(loaded: dict[str, Any]) -> None:
+    """Take out the last layer of a head of answers: the same column would mean another one."""
+    if "classifier" in loaded.get("answering", {}):
+        del loaded["answering"]["classifier"]
+    else:  # the head is that layer alone (VisualBERT, Oscar), if there is one
+        loaded.pop("answering", None)
 
 
 def _resize(path: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:

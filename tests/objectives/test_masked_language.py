@@ -140,6 +140,17 @@ def run(text, mask, valid, logits, objective=MaskedLanguage(), whole_words=False
     return objective(features, jax.random.key(0)), model.seen
 
 
+def test_a_picture_of_which_nothing_can_be_hidden_is_seen_as_a_whole():
+    """Words alone are then masked, also where both sides were to be."""
+    text, mask = texts(4, 9)
+    batch = batch_of(4, text=text, text_mask=mask, image=np.ones((4, 1), np.float32))
+    masking = Masking(words=0.5, conditional=False)
+    features = Features(FakeModel(), batch, tokenizer=FakeTokenizer(), masking=masking)
+    masked = features.words_masked
+    assert masked.chosen.any()
+    np.testing.assert_array_equal(masked.image.tokens, features.image.tokens)
+
+
 @pytest.mark.parametrize("whole_words", [False, True])
 @pytest.mark.parametrize(
     ("objective", "name"),

@@ -192,6 +192,14 @@ def test_words_and_regions_may_be_hidden_at_once():
     assert expected != RegionLabels()(features("uniter", given), KEY).total
 
 
+def test_regions_are_hidden_beside_codes_of_patches():
+    """A model of regions has no use for the codes, and must not see what it is to guess."""
+    given = batch()
+    expected = RegionLabels()(features("uniter", given), KEY).total
+    codes = given | {"image_codes": np.zeros((len(given["index"]), 4), np.int32)}
+    np.testing.assert_allclose(RegionLabels()(features("uniter", codes), KEY).total, expected)
+
+
 @pytest.mark.parametrize(
     ("family", "objective", "words"),
     [

@@ -1,3 +1,4 @@
+import asyncio
 import dataclasses
 import functools
 import json
@@ -16,6 +17,7 @@ import numpy as np
 import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from orbax.checkpoint._src.path import temporary_paths
 
 from mmjax.errors import InputError
 from mmjax.training import checkpoints
@@ -453,6 +455,20 @@ def test_paths_without_a_checkpoint(tmp_path, two_checkpoints):
         find_checkpoint(f"{two_checkpoints}@9")
     with pytest.raises(InputError, match="there is no such folder"):
         find_checkpoint(f"{two_checkpoints}@bets")
+
+
+def test_closing_waits_for_the_removal_of_what_is_half_written(tmp_path, monkeypatch):
+    """Its thread would print a traceback behind the message of a run that ends before a save."""
+    done = []
+
+    async def slow(*_, **__):
+        await asyncio.sleep(0.5)
+        done.append(True)
+
+    monkeypatch.setattr(temporary_paths, "cleanup_temporary_paths", slow)
+    with Checkpointer(tmp_path, every=1, keep=1):
+        pass
+    assert done
 
 
 def test_saving_costs_the_loop_little_time_and_disk(tmp_path):

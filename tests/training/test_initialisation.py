@@ -3,9 +3,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict, FieldReference
 
 from mmjax.errors import InputError
-from mmjax.training.initialisation import merge_parameters, placed
+from mmjax.training import initialisation
+from mmjax.training.initialisation import merge_parameters, placed, starts
 
 
 def tree(*, positions=4, head="head", fill=0.0):
@@ -79,3 +81,18 @@ def test_a_part_goes_where_the_model_has_it():
     assert found["text"]["blocks"]["layers"]["kernel"][:, 0].tolist() == [0, 1]
     assert found["fusion"]["blocks"]["layers"]["kernel"][:, 0].tolist() == [3]
     assert "words" not in found["text"]
+
+
+def test_the_words_of_a_text_encoder_on_the_hub_come_with_it(monkeypatch, tmp_path):
+    (tmp_path / "vocab.txt").touch()
+    monkeypatch.setattr(initialisation, "resolve", lambda source, weights: tmp_path)
+    image, text = starts({"image": "hf://owner/vit", "text": "hf://owner/bert"})
+    assert image.vocabulary is None
+    assert text.vocabulary == tmp_path / "vocab.txt"
+
+
+def test_parts_are_found_in_a_resolved_config():
+    config = ConfigDict({"init_from": FieldReference("", field_type=object)})
+    config.init_from = {"image": "", "text": "hf://owner/bert"}
+    (text,) = starts(config.copy_and_resolve_references().init_from)
+    assert (text.part, text.folder) == ("text", "hf://owner/bert")
