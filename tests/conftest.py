@@ -1,5 +1,6 @@
 """What every test needs: eight simulated devices, a compilation cache, the shared data."""
 
+import gc
 import os
 import tempfile
 from pathlib import Path
@@ -56,3 +57,13 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no shared data in {folder}; MMJAX_SHARED names another folder")
     return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forget_compiled_programs():
+    """After every file: a process has 65,530 memory maps on Linux, and a program takes dozens."""
+    yield
+    import jax
+
+    jax.clear_caches()
+    gc.collect()

@@ -1,5 +1,6 @@
 """What every objective is: options from a config, and a function of the features of a batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -12,6 +13,17 @@ from mmjax.objectives.loss import Loss
 if TYPE_CHECKING:
     from mmjax.objectives.features import Features
 
+# What gives a field of the batch: a key of `config.data`.
+_GIVEN_BY = {
+    "answer": "data.task='questions'",
+    "answer_text": "data.answer_length",
+    "image_codes": "data.code_grid",
+    "label": "data.second_caption or data.false_tags",
+    "regions": "data.regions",
+    "region_labels": "data.regions",
+    "region_attributes": "data.regions",
+    "region_distributions": "data.regions",
+}
 # What sets a part of the model that an objective reads: a key of its config.
 _SET_BY = {
     "contrastive": "embedding_width",
@@ -54,6 +66,16 @@ class Objective:
                 raise InputError(
                     f"objectives.{name} needs a part that the model lacks: set "
                     f"model.{_SET_BY.get(part, part)}, or take a model that has {part}."
+                )
+
+    def check_batch(self, name: str, batch: Mapping[str, Any]) -> None:
+        """Raise InputError where a batch lacks a field that `config.objectives.NAME` reads."""
+        for field in self.fields:
+            if field not in batch:
+                key = _GIVEN_BY.get(field, "")
+                raise InputError(
+                    f"objectives.{name} reads {field!r}, which the data do not give"
+                    + (f": set {key}, if the source has it." if key else ".")
                 )
 
     def memory(self, model: Any, batch_size: int) -> dict[str, Array]:

@@ -83,6 +83,8 @@ class Program:
 
         State and batch may be abstract.
         """
+        for name, objective in self.task.objectives.items():
+            objective.check_batch(name, batch)
         optimizer = self.config.optimizer.to_dict()
         step = make_train_step(
             self.task,

@@ -84,3 +84,13 @@ def test_every_objective_says_what_it_is(name):
     assert OBJECTIVES[name].formula
     assert OBJECTIVES[name].source
     assert OBJECTIVES[name]().weight == 0
+
+
+def test_a_field_that_the_data_do_not_give_is_told_with_its_key():
+    batch = {"image": 0, "text": 0, "regions": 0, "boxes": 0, "region_mask": 0}
+    labels = OBJECTIVES["region_labels"](weight=1.0)
+    with pytest.raises(InputError, match=r"reads 'region_labels', .* set data\.regions"):
+        labels.check_batch("region_labels", batch)
+    labels.check_batch("region_labels", batch | {"region_labels": 0})
+    with pytest.raises(InputError, match=r"data\.task='questions'"):
+        OBJECTIVES["answering"](weight=1.0).check_batch("answering", batch)
