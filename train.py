@@ -149,6 +149,12 @@ class Evaluator:
         data = evaluation_data(self.config, program.config.data.to_dict())
         self.evaluation = Evaluation.open(self.config, data, program.model)
         check_batch_size(self.config["batch_size"], program.mesh, key="eval.batch_size")
+        objectives = program.task.objectives.values()
+        if self.config["losses"] and all(each.needs_reference for each in objectives):
+            raise InputError(
+                "eval.losses: every objective learns from the teacher alone, which evaluation has "
+                "not. Set eval.losses=False, and score what the student is for."
+            )
         if not (self.evaluation.runs or self.config["losses"]):
             raise InputError(
                 "eval.every is set, but there is nothing to evaluate: set eval.losses, "

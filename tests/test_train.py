@@ -390,3 +390,7 @@ def test_a_student_learns_from_a_checkpoint(tiny_config, tmp_path):
     tiny_config.optimizer.learning_rate = 0.0
     train.train(tiny_config, tmp_path / "student")
     assert losses_of(tmp_path / "student")[0] == pytest.approx(0, abs=1e-5)
+    assert log_of(tmp_path / "student")[0]["train/model_tflops_per_second"] > 0
+    tiny_config.eval.every, tiny_config.eval.losses = 2, True
+    with pytest.raises(InputError, match=r"Set eval\.losses=False"):
+        train.train(tiny_config, tmp_path / "evaluated")

@@ -95,7 +95,7 @@ class Program:
             accumulate=optimizer["accumulate"],
             ema_decay=optimizer["ema_decay"],
         )
-        forward = make_eval_step(self.task)
+        forward = make_eval_step(self.task, self.reference)
         step_flops = flops.train_flops(
             lambda params: forward(nnx.merge(self.task.graph, params), batch), state.params
         )

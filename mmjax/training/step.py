@@ -109,15 +109,19 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(task: Task) -> Callable[..., dict[str, Sum]]:
+def make_eval_step(
+    task: Task, reference: Parameters | None = None
+) -> Callable[..., dict[str, Sum]]:
     """The pure function `model, batch -> (sum, weight)` of every loss and metric, no dropout.
 
     The masks and negatives it draws depend on the example alone, so that evaluations compare.
+    Without the `reference`, what is learnt from it alone is left out.
     """
 
     def eval_step(model: Any, batch: Batch) -> dict[str, Sum]:
         batch = jax.tree.map(constrain_batch, dict(batch))
-        return metric_sums(task.losses(model, batch, jax.random.key(0)))
+        teacher = _merged(task.reference, reference)
+        return metric_sums(task.losses(model, batch, jax.random.key(0), reference=teacher))
 
     return eval_step
 
