@@ -40,7 +40,7 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity -m "not slow"
 
-# And every recipe.
+# And every recipe, every guide, several processes, warnings provoked by training.
 test-all: test
 	$(BIN)/python -m pytest -n 2 --dist load --ignore=tests/parity -m slow
 

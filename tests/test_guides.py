@@ -48,6 +48,7 @@ def assert_shown(expected, output):
         assert re.search(f"^{pattern}$", output, re.MULTILINE), f"{line!r} is not in\n{output}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guide", GUIDES, ids=[guide.stem for guide in GUIDES])
 def test_a_guide_does_what_it_says(guide, folder):
     output = None

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from tests.test_train import log_of, losses_of
 
@@ -55,6 +56,7 @@ def train(workdir, steps, processes):
         assert process.returncode == 0, output[-3000:]
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_nothing(tmp_path):
     train(tmp_path / "one", steps=4, processes=1)
     train(tmp_path / "changing", steps=2, processes=2)

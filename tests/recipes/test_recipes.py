@@ -8,11 +8,10 @@ from mmjax.data.tokenizer import SPECIAL_TOKENS
 from tests.recipes.baselines import BASELINES
 from tests.recipes.fitting import ROOT, fit, recipes, tiny
 
-# These stand for all in the everyday suite: two towers, two streams, one stream with regions, and a
-# momentum model with a decoder.
+# These stand for all in the everyday suite: two towers, one stream with regions, and a momentum
+# model with a decoder.
 EVERYDAY = (
     "pretrain/siglip_b16",
-    "pretrain/coattention_b16",
     "pretrain/uniter_base",
     "pretrain/blip_b16",
 )

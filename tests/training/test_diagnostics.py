@@ -277,15 +277,18 @@ def raised(tiny_config, tmp_path, monkeypatch, caplog):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_that_learns_is_told_nothing(raised):
     assert raised() == set()
 
 
+@pytest.mark.slow
 def test_pictures_that_are_all_the_same(raised):
     found = raised(**{"data.source": "Grey", "masking.words": 1.0})
     assert found == {"matching_prior", "masked_language_unigram", "collapsed"}
 
 
+@pytest.mark.slow
 def test_settings_that_hold_a_run_back(raised):
     """A scale that can hardly move, a queue for a thousand batches, an average of one step."""
     found = raised(

@@ -207,6 +207,9 @@ def test_slices_add_up_to_the_whole_batch():
         for mesh, accumulate in ((one_device(), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2))
     ]
     (whole, whole_metrics), (sliced, sliced_metrics) = (run.steps(2)[-1] for run in runs)
+    for metrics in (sliced_metrics, whole_metrics):
+        # (the most frequent word of a slice is not that of the batch)
+        del metrics["masked_language/unigram_accuracy"]
     assert_close(sliced_metrics, whole_metrics)
     assert_close(sliced.opt_state[0], whole.opt_state[0])
     assert_close(sliced.params, whole.params)

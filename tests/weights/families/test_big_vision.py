@@ -151,7 +151,7 @@ def test_a_vit(tmp_path, pooling):
 TOWERS = {
     "image": {"kind": "vit", **LAYERS, "image_size": 8, "patch_size": 4, "pool": "attention"},
     "text": {
-        "kind": "texttower",
+        "kind": "text_tower",
         **LAYERS,
         "vocabulary_size": 11,
         "max_length": 5,
