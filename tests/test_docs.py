@@ -10,7 +10,11 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def build():
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs" / "build.py")
+    return script("docs/build.py")
+
+
+def script(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -44,6 +48,16 @@ def test_the_quickstart_reached_what_it_must():
             assert f"retrieval/reranked/{name}/R@{k}" in metrics
         assert units[f"retrieval/median_rank/{name}"] == "count"
     assert units["itm/roc_auc"] == "fraction"
+
+
+def test_the_study_shows_its_results():
+    study = script("benchmarks/four_fusions.py")
+    if not study.RESULTS.exists():
+        pytest.skip("the study was not run yet: python benchmarks/four_fusions.py")
+    results = json.loads(study.RESULTS.read_text())
+    page = study.PAGE.read_text()
+    assert study.summary(results) in page, "run python benchmarks/four_fusions.py --draw"
+    assert study.PLOT.exists()
 
 
 @pytest.mark.parametrize("direction", ["image_to_text", "text_to_image"])
