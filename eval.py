@@ -27,6 +27,7 @@ from mmjax.errors import InputError
 from mmjax.evaluation.encoding import Subject
 from mmjax.evaluation.report import format_table, write_report
 from mmjax.evaluation.suite import Evaluation, evaluation_data
+from mmjax.folders import is_remote
 from mmjax.sharding import check_batch_size, make_mesh
 from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters
 from mmjax.training.state import abstract_params, graph_of
@@ -87,9 +88,19 @@ def load_subject(
     return subject, trained, model
 
 
+def report_folder(output: str) -> Path:
+    """The folder that is meant; pictures and pages are written to disks alone."""
+    if is_remote(output):
+        raise InputError(
+            f"--output is {output}: reports are written to a disk. Name a folder of process 0, and "
+            "copy it where it is to stay."
+        )
+    return Path(output)
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "A workdir, WORKDIR@STEP, WORKDIR@best.", required=True)
     flags.DEFINE_string("output", None, "The report's folder, made if absent.", required=True)
     commandline.run(
-        lambda config: evaluate(config, flags.FLAGS.checkpoint, Path(flags.FLAGS.output))
+        lambda config: evaluate(config, flags.FLAGS.checkpoint, report_folder(flags.FLAGS.output))
     )

@@ -13,14 +13,16 @@ their meaning and default stand in mmjax/config.py. The common ones:
 
 The workdir gets config.json, tokenizer.json, parameters.txt, metrics.jsonl, tensorboard/ and
 checkpoints/. Started again with the same workdir, a run resumes from its last checkpoint; Ctrl-C
-and SIGTERM write one and stop.
+and SIGTERM write one and stop. A workdir may lie in object storage, --workdir=gs://BUCKET/RUN.
+Several processes make one run with --distributed (docs/scale.md).
 """
 
+import sys
 from contextlib import closing
-from pathlib import Path
 
 import jax
 from absl import flags, logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from mmjax import commandline
@@ -42,8 +44,8 @@ from mmjax.training.state import TrainState
 from mmjax.training.step import make_eval_step
 
 
-def train(config: ConfigDict, workdir: Path) -> None:
-    """Run a recipe to its last step, from wherever the workdir is."""
+def train(config: ConfigDict, workdir: epath.Path) -> bool:
+    """Run a recipe to its last step, from wherever the workdir is; False: a signal came before."""
     configuration.check(config)
     mesh = make_mesh(**config.mesh)
     check_batch_size(config.batch_size, mesh, accumulate=config.optimizer.accumulate)
@@ -66,7 +68,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         first_step, last_step = int(state.step), config.total_steps
         if first_step >= last_step:
             logging.info("Nothing to do: step %d of %d is done.", first_step, last_step)
-            return
+            return True
         with closing(open_batches(program, source, first_step)) as batches:
             batch = to_device(next(batches), mesh)
             train_step, step_flops = program.compile_step(state, batch)
@@ -87,6 +89,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                         break
     if monitor.stop_reason:
         raise InputError(monitor.stop_reason)
+    return step == last_step
 
 
 def evaluate_and_save(
@@ -189,7 +192,7 @@ class Evaluator:
         return scores | evaluation.score(subject).metrics
 
 
-def write_description(program: Program, state: TrainState, workdir: Path) -> None:
+def write_description(program: Program, state: TrainState, workdir: epath.Path) -> None:
     """The resolved config, the tokenizer, and what every parameter gets."""
     logging.info("%s", parameter_counts(state.params))
     if jax.process_index() == 0:
@@ -199,6 +202,13 @@ def write_description(program: Program, state: TrainState, workdir: Path) -> Non
         (workdir / "parameters.txt").write_text(table + "\n")
 
 
+def main(config: ConfigDict) -> None:
+    """Train, and tell a scheduler by the exit status whether to start the run again."""
+    if not train(config, epath.Path(flags.FLAGS.workdir)):
+        sys.exit(flags.FLAGS.interrupted_status)
+
+
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "The run's folder, made if absent.", required=True)
-    commandline.run(lambda config: train(config, Path(flags.FLAGS.workdir)))
+    flags.DEFINE_integer("interrupted_status", 0, "The exit status of a run stopped by a signal.")
+    commandline.run(main)

@@ -1,7 +1,7 @@
 """What train.py and eval.py share: flags, and errors that people can act on."""
 
+import hashlib
 import logging
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,6 +12,7 @@ import jax
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 
+from mmjax import distributed
 from mmjax.errors import InputError, near_misses
 
 HERE = Path(__file__).resolve().parent
@@ -27,26 +28,22 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
         "config", None, "The recipe, a file in configs/; --config.KEY=VALUE overrides."
     )
     flags.mark_flag_as_required("config")
-    flags.DEFINE_bool(
-        "distributed",
-        False,
-        "Join the run's other processes: those of a TPU pod, SLURM or MPI job, or as the variables "
-        "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say.",
-    )
+    distributed.define_flags()
 
     def guarded(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _exit(f"unexpected argument {arguments[1]!r}: flags are written --name=value.")
-        if flags.FLAGS.distributed:
-            _join_processes()
-        try:
-            config.value.keys()  # of a file that was not found, the first access tells
-        except OSError as error:
-            _exit(_unreadable(sys.argv, error))
-        try:
-            main(config.value)
-        except InputError as error:
-            _exit(str(error))
+        with distributed.ending_together():
+            try:
+                distributed.join_if_asked()
+                try:
+                    config.value.keys()  # of a file that was not found, the first access tells
+                except OSError as error:
+                    _exit(_unreadable(sys.argv, error))
+                distributed.require_agreement(_started_with(config.value))
+                main(config.value)
+            except InputError as error:
+                _exit(str(error))
 
     absl.logging.use_absl_handler()
     absl.logging.set_verbosity(absl.logging.INFO)
@@ -56,13 +53,22 @@ def run(main: Callable[[ConfigDict], Any]) -> None:
     app.run(guarded, flags_parser=_parse)
 
 
-def _join_processes() -> None:
-    """Join the run's other processes. jax knows clusters, but reads one variable of the three."""
-    number, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
-    if number is None or index is None:
-        jax.distributed.initialize()
-    else:
-        jax.distributed.initialize(num_processes=int(number), process_id=int(index))
+def _started_with(config: ConfigDict) -> dict[str, Any]:
+    """What every process of a run must have alike: the config, the program's flags, the code."""
+    keys = {
+        f"config.{jax.tree_util.keystr(path, simple=True, separator='.')}": value
+        for path, value in jax.tree.leaves_with_path(config.to_dict(), is_leaf=lambda x: x is None)
+    }
+    own = flags.FLAGS.get_key_flags_for_module(sys.argv[0])  # --workdir and the like
+    code = hashlib.sha256()
+    for file in sorted(HERE.rglob("*.py")):
+        code.update(file.read_bytes())
+    return {
+        **keys,
+        **{f"--{flag.name}": flag.value for flag in own},
+        "the code of mmjax": code.hexdigest()[:12],
+        "the version of jax": jax.__version__,
+    }
 
 
 def _is_ours_or_serious(record: logging.LogRecord) -> bool:

@@ -6,9 +6,9 @@ Every key that exists stands here with its meaning and its default.
 import json
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict, FieldReference
 
 from mmjax.errors import InputError, near_misses
@@ -44,9 +44,12 @@ def train_config() -> ConfigDict:
             "b1": 0.9,
             "b2": 0.98,
             "epsilon": 1e-8,
+            "first_moment": "float32",  # AdamW's, as it is stored: or 'bfloat16', half the memory
             "weight_decay": 0.02,
             "clip_norm": 1.0,  # of the whole gradient; 0: off
             "accumulate": 1,  # slices that a batch is walked in
+            # Its state and the average are split over mesh.data too (ZeRO-1); false: a copy each.
+            "sharded": True,
             "ema_decay": 0.0,  # of an exponential moving average of the parameters; 0: none
             "schedule": {
                 "kind": "cosine",  # 'cosine', 'linear', 'rsqrt' or 'constant'
@@ -208,7 +211,7 @@ def to_json(config: ConfigDict) -> str:
     return json.dumps(config.to_dict(), indent=2, sort_keys=True)
 
 
-def save(config: ConfigDict, path: Path) -> None:
+def save(config: ConfigDict, path: epath.Path) -> None:
     """Write the resolved config beside a run."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(config) + "\n")

@@ -44,6 +44,7 @@ def get_config(arg=None):
     )
     config.objectives.sigmoid_contrastive.weight = 1.0
     config.optimizer.update(learning_rate=1e-3, b2=0.95, weight_decay=0.1, clip_norm=1.0)
+    config.optimizer.first_moment = "bfloat16"
     config.optimizer.schedule.update(kind="cosine", warmup_steps=20_000)
     config.checkpoint.every = 5_000
     return sized(config, arg)

@@ -28,6 +28,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from mmjax.errors import InputError, near_misses
+from mmjax.folders import absolute
 from mmjax.rules import by_path
 
 Tree = Any  # a pytree of arrays, or of their ShapeDtypeStructs
@@ -71,7 +72,7 @@ class Checkpointer:
             raise InputError(f"checkpoint.best_mode is {best_mode!r}; expected 'max' or 'min'.")
         self._every = every
         self._policy = _KeepLatestAndBest(keep, best_metric, best_mode)
-        folder = epath.Path(workdir).expanduser().resolve() / "checkpoints"
+        folder = absolute(workdir) / "checkpoints"
         context = ocp.Context()
         # Replicas share the writing of an array by slicing it on the device, which compiles a
         # program for every shape: seconds at the first save, for arrays that are not worth it.
@@ -251,7 +252,7 @@ def find_checkpoint(path: Path) -> epath.Path:
     """
     selector = re.search(r"@(\d+|best|latest)$", str(path))
     which = selector[1] if selector else ""
-    folder = epath.Path(str(path).removesuffix(f"@{which}")).expanduser().resolve()
+    folder = absolute(str(path).removesuffix(f"@{which}"))
     if not folder.exists():
         raise InputError(
             f"No checkpoint at {folder}: there is no such folder. Expected a work directory of "

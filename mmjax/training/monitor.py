@@ -1,17 +1,19 @@
 """Keeps an eye on a run: fetches its metrics, writes them, warns, and says when to stop."""
 
 import math
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Self
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from ml_collections import ConfigDict
 
 from mmjax.errors import InputError
+from mmjax.folders import is_remote, move
 from mmjax.training.diagnostics import Diagnosis
 from mmjax.training.optimizer import make_schedule
 from mmjax.training.progress import MetricWriter, ProgressBar
@@ -32,7 +34,13 @@ class Monitor:
     """
 
     def __init__(
-        self, config: ConfigDict, workdir: Path, *, first_step: int, records: int, flops: float
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        *,
+        first_step: int,
+        records: int,
+        flops: float,
     ):
         self.config, self.workdir = config, workdir
         self.first_step, self.records = first_step, records
@@ -143,7 +151,10 @@ class Monitor:
         """Trace `log.profile` steps (view with TensorBoard or Perfetto)."""
         begin = self.first_step + _PROFILE_FROM
         if self.config.log.profile and step == begin:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
+            # The profiler writes to disks alone.
+            local = tempfile.mkdtemp() if is_remote(self.workdir) else self.workdir / "profile"
+            self._profile_folder = epath.Path(local)
+            jax.profiler.start_trace(str(local))
             self._profiling = True
         elif self._profiling and step >= begin + self.config.log.profile:
             self._end_profile()
@@ -151,6 +162,8 @@ class Monitor:
     def _end_profile(self) -> None:
         jax.block_until_ready(self._pending)
         jax.profiler.stop_trace()
+        if self._profile_folder != self.workdir / "profile":
+            move(self._profile_folder, self.workdir / "profile")
         self._profiling, self._profiled = False, True
         logging.info("Wrote a profiler trace to %s.", self.workdir / "profile")
 

@@ -20,6 +20,7 @@ from mmjax.training.state import Parameters
 # that are parameters themselves, or the temperature.
 NO_DECAY = r".*(bias|scale|class_token|pooling/query|position_embedding.*)"
 STATISTICS = r".*/(mean|var)"  # of batch norms, which are frozen: loaded, never updated
+MOMENTS = ("float32", "bfloat16")
 SCHEDULES = ("cosine", "linear", "rsqrt", "constant")
 
 
@@ -117,8 +118,12 @@ def optimizer_table(config: Mapping[str, Any], params: Parameters) -> str:
 
 
 def _direction(config: Mapping[str, Any]) -> optax.GradientTransformation:
+    if (stored := config["first_moment"]) not in MOMENTS:
+        raise InputError(f"optimizer.first_moment is {stored!r}.{near_misses(stored, MOMENTS)}")
     if config["name"] == "adamw":
-        return optax.scale_by_adam(config["b1"], config["b2"], config["epsilon"])
+        return optax.scale_by_adam(
+            config["b1"], config["b2"], config["epsilon"], mu_dtype=jnp.dtype(stored)
+        )
     if config["name"] == "sgd":
         return optax.trace(config["b1"]) if config["b1"] else optax.identity()
     raise InputError(

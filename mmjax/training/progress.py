@@ -9,25 +9,29 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Self, TextIO
 
 import absl.logging
 import rich.console
 import rich.progress
 import rich.table
+from etils import epath
 
 from mmjax.errors import InputError
+from mmjax.folders import absolute, is_remote
 
 # --- Metrics in files ---------------------------------------------------------------------------
+
+REWRITTEN_EVERY = 60.0  # seconds; an object is written whole, however little is new
 
 
 class MetricWriter:
     """Writes scalars to `WORKDIR/metrics.jsonl`, and to TensorBoard and Weights & Biases if asked.
 
     A line of the file is `{"step": 100, "train/loss": 3.2, …}`; it is on the disk when `write`
-    returns, so that a crash loses nothing. A resumed run makes the steps since its checkpoint
-    again, so what the file says of them is dropped first: no step stands there twice.
+    returns, so that a crash loses nothing (in object storage, a minute). A resumed run makes the
+    steps since its checkpoint again, so what the file says of them is dropped first: no step stands
+    there twice.
 
     Args:
         workdir: the run's folder, made if absent.
@@ -52,25 +56,21 @@ class MetricWriter:
         resume_step: int = 0,
         enabled: bool = True,
     ):
-        self._file: TextIO | None = None
+        self._file: TextIO | _ObjectFile | None = None
         self._tensorboard: Any = None
         self._wandb: Any = None
         if not enabled:
             return
-        folder = Path(workdir)
+        folder = epath.Path(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         if wandb_project:
             self._wandb = _wandb_run(folder, wandb_project, config)
         path = folder / "metrics.jsonl"
         if path.exists():
             _drop_later_steps(path, resume_step)
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _ObjectFile(path) if is_remote(folder) else path.open("a")
         if tensorboard:
-            import tensorboardX  # only where it is wanted: it takes a while to import
-
-            self._tensorboard = tensorboardX.SummaryWriter(
-                str(folder / "tensorboard"), purge_step=resume_step + 1
-            )
+            self._tensorboard = _tensorboard_writer(folder / "tensorboard", resume_step)
 
     def write(self, step: int, scalars: Mapping[str, float]) -> None:
         """Writes the scalars of one step; their names have slashes (`train/loss`)."""
@@ -101,7 +101,39 @@ class MetricWriter:
         self.close()
 
 
-def _drop_later_steps(path: Path, last_step: int) -> None:
+class _ObjectFile:
+    """A text in object storage, where nothing can be appended to what is there."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self._parts = [path.read_text()] if path.exists() else []
+        self._written_at = time.monotonic()
+
+    def write(self, text: str) -> None:
+        self._parts.append(text)
+
+    def flush(self) -> None:
+        if time.monotonic() - self._written_at >= REWRITTEN_EVERY:
+            self.close()
+
+    def close(self) -> None:
+        self._path.write_text("".join(self._parts))
+        self._written_at = time.monotonic()
+
+
+def _tensorboard_writer(folder: epath.Path, resume_step: int) -> Any:
+    import tensorboardX  # only where it is wanted: it takes a while to import
+
+    try:
+        return tensorboardX.SummaryWriter(str(folder), purge_step=resume_step + 1)
+    except ImportError as error:  # of what it reaches object storage with
+        raise InputError(
+            f"log.tensorboard cannot write to {folder}: {error} Install it, or set "
+            "log.tensorboard=False: metrics.jsonl has the same numbers."
+        ) from error
+
+
+def _drop_later_steps(path: epath.Path, last_step: int) -> None:
     """Rewrites a metrics file without the steps after `last_step` and without a half last line."""
     lines = path.read_bytes().splitlines(keepends=True)
     kept = []
@@ -123,7 +155,7 @@ def _drop_later_steps(path: Path, last_step: int) -> None:
         new.replace(path)
 
 
-def _wandb_run(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
+def _wandb_run(folder: epath.Path, project: str, config: Mapping[str, Any]) -> Any:
     """The Weights & Biases run of a work directory, gone on with if it has one already."""
     try:
         import wandb
@@ -135,8 +167,8 @@ def _wandb_run(folder: Path, project: str, config: Mapping[str, Any]) -> Any:
     remembered = folder / "wandb_run_id"
     run = wandb.init(
         project=project,
-        name=folder.resolve().name,
-        dir=str(folder),
+        name=absolute(folder).name,
+        dir=None if is_remote(folder) else str(folder),
         config=dict(config),
         id=remembered.read_text().strip() if remembered.exists() else None,
         resume="allow",

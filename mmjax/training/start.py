@@ -3,12 +3,12 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -31,7 +31,7 @@ from mmjax.training.teacher import teacher_tokenizer
 
 
 def load_tokenizer(
-    config: ConfigDict, source: Source, workdir: Path, resume: bool
+    config: ConfigDict, source: Source, workdir: epath.Path, resume: bool
 ) -> TextTokenizer:
     """That of the resumed run, else as given, else `init_from`'s, else a teacher's, else new."""
     if resume:

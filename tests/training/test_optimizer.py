@@ -29,6 +29,7 @@ def config(**changes):
         "b1": 0.9,
         "b2": 0.98,
         "epsilon": 1e-6,
+        "first_moment": "float32",
         "weight_decay": 0.1,
         "clip_norm": 0.0,
         "rates": (),
@@ -153,13 +154,15 @@ def run(config, steps=5, params=None):
     return params
 
 
-def adamw(parameter, gradients, rates, decay, b1=0.9, b2=0.98, epsilon=1e-6):
-    """Loshchilov and Hutter 2019, algorithm 2, in float64."""
+def adamw(
+    parameter, gradients, rates, decay, b1=0.9, b2=0.98, epsilon=1e-6, stored=lambda moment: moment
+):
+    """Loshchilov and Hutter 2019, algorithm 2, in float64; `stored` keeps the first moment."""
     p = np.asarray(parameter, np.float64)
     m, v = np.zeros_like(p), np.zeros_like(p)
     for t, (g, rate) in enumerate(zip(gradients, rates, strict=True), 1):
         g = np.asarray(g, np.float64)
-        m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g**2
+        m, v = b1 * stored(m) + (1 - b1) * g, b2 * v + (1 - b2) * g**2
         direction = (m / (1 - b1**t)) / (np.sqrt(v / (1 - b2**t)) + epsilon)
         p = p - rate * (direction + decay * p)
     return p
@@ -205,6 +208,25 @@ def test_adamw_with_rates_and_decays_by_path():
     table = optimizer_table(settings, values(0))
     assert "pooling/class_token" in table
     assert "0.7" in table
+
+
+def test_a_first_moment_in_half_precision_is_rounded_between_steps_alone():
+    settings = config(first_moment="bfloat16")
+    moments = make_optimizer(settings, values(0), TOTAL).init(values(0))
+    assert {x.dtype.name for x in jax.tree.leaves(moments) if x.ndim} == {"bfloat16", "float32"}
+
+    def rounded(moment):
+        return np.asarray(jnp.asarray(moment, jnp.bfloat16), np.float64)
+
+    kernel = values(0)["image"]["layers"]["mlp"]["up"]["kernel"]
+    gradients = [values(n + 1)["image"]["layers"]["mlp"]["up"]["kernel"] for n in range(5)]
+    wanted, exact = (
+        adamw(kernel, gradients, [PEAK] * 5, 0.1, stored=stored) for stored in (rounded, np.array)
+    )
+    found = run(settings)["image"]["layers"]["mlp"]["up"]["kernel"]
+    # b1 times the stored moment is rounded too, to 8 bits.
+    np.testing.assert_allclose(found, wanted, rtol=0.02, atol=0.02)
+    assert np.abs(found - exact).max() > 1e-4
 
 
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
@@ -267,6 +289,7 @@ def test_a_rate_of_zero_freezes():
     ("changes", "words"),
     [
         ({"name": "adam"}, ["'adam'", "adamw"]),
+        ({"first_moment": "float16"}, ["optimizer.first_moment", "'float16'", "bfloat16"]),
         (
             {"rates": (("imgae/.*", 0.0),)},
             ["optimizer.rates", "'imgae/.*'", "matches no parameter"],
