@@ -1,21 +1,26 @@
 """Scaled dot-product attention: one function, and an implementation per backend behind it.
 
 Which is fastest depends on the backend: on the CPU the head-major layout with the division after
-the value product, as measured in `docs/performance.md`; elsewhere, until somebody has measured, the
-plain einsum over the projections' own layout. cuDNN's fused kernel (a GPU, half precision) is on
-request.
+the value product, as measured in `docs/performance.md`; on a TPU the einsum in slices that stay in
+on-chip memory, as its compiler says; elsewhere, until somebody has measured, the plain einsum over
+the projections' own layout. On request are our own kernels for TPUs, which nobody has timed yet,
+and cuDNN's (a GPU, half precision).
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from mmjax import platform
 from mmjax.errors import InputError, near_misses
+from mmjax.fused_attention import fused_attention
+from mmjax.sliced_attention import sliced_attention
 
 # Added to the scores of masked keys: exp() of it is zero, and a fully masked row stays finite.
 MASKED = -1e30
 
 
+@jax.named_scope("core")
 def attention(
     query: Float[Array, "batch queries heads head_width"],
     key: Float[Array, "batch keys heads head_width"],
@@ -31,7 +36,7 @@ def attention(
     or 'auto': chosen by the backend.
     """
     if implementation == "auto":
-        implementation = "head_major" if jax.default_backend() == "cpu" else "einsum"
+        implementation = BEST.get(platform.current(), "einsum")
     if implementation not in IMPLEMENTATIONS:
         raise InputError(
             f"attention implementation {implementation!r} is unknown."
@@ -66,6 +71,16 @@ def _einsum(query, key, value, mask, bias):
     return jnp.einsum("bhqk,bkhd->bqhd", weights, value)
 
 
+def _sliced(query, key, value, mask, bias):
+    if bias is not None:  # none of the models that were measured has one
+        return _einsum(query, key, value, mask, bias)
+    return sliced_attention(_unbiased, query, key, value, mask)
+
+
+def _unbiased(query, key, value, mask):
+    return _einsum(query, key, value, mask, None)
+
+
 def _head_major(query, key, value, mask, bias):
     """Heads before positions, so that each product is a contiguous matrix product."""
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
@@ -80,11 +95,37 @@ def _head_major(query, key, value, mask, bias):
     return jnp.swapaxes((output / sums).astype(value.dtype), 1, 2)
 
 
+def _fused(query, key, value, mask, bias):
+    """Our kernels for TPUs, not timed on one yet."""
+    if bias is not None:
+        raise InputError(
+            "attention 'fused' adds no bias to its scores: set that part's model.*.attention to "
+            "'auto'."
+        )
+    return fused_attention(query, key, value, mask)
+
+
 def _cudnn(query, key, value, mask, bias):
-    """The fused kernel of NVIDIA's library: half precision and a GPU only."""
-    mask = None if mask is None else mask[:, None]
-    bias = None if bias is None else bias.astype(query.dtype)
-    return jax.nn.dot_product_attention(query, key, value, bias, mask, implementation="cudnn")
+    """The fused kernel of NVIDIA's library: half precision and a GPU only.
+
+    It takes masks and biases that are spelt out, and, to train with them, even lengths: odd ones
+    get a row more, at which nobody looks and which nobody sees.
+    """
+    if mask is None and bias is None:
+        return jax.nn.dot_product_attention(query, key, value, implementation="cudnn")
+    queries, keys = query.shape[1], key.shape[1]
+    seen = jnp.ones((1, 1, 1), bool) if mask is None else mask
+    seen = jnp.broadcast_to(seen, (len(seen), queries, keys))[:, None]
+    if bias is not None:
+        bias = _evened(bias.astype(query.dtype), 2, 3)
+    query, key, value = (_evened(x, 1) for x in (query, key, value))
+    seen = _evened(seen, 2, 3)
+    heads = jax.nn.dot_product_attention(query, key, value, bias, seen, implementation="cudnn")
+    return heads[:, :queries]
+
+
+def _evened(x, *axes):
+    return jnp.pad(x, [(0, x.shape[axis] % 2 * (axis in axes)) for axis in range(x.ndim)])
 
 
 def _masked(scores, mask, bias):
@@ -92,4 +133,12 @@ def _masked(scores, mask, bias):
     return scores if mask is None else jnp.where(mask[:, None], scores, MASKED)
 
 
-IMPLEMENTATIONS = {"einsum": _einsum, "head_major": _head_major, "cudnn": _cudnn}
+IMPLEMENTATIONS = {
+    "einsum": _einsum,
+    "sliced": _sliced,
+    "head_major": _head_major,
+    "fused": _fused,
+    "cudnn": _cudnn,
+}
+# By platform, as measured in docs/performance.md; for the others nobody has.
+BEST = {"cpu": "head_major", "tpu": "sliced"}

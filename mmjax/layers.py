@@ -16,6 +16,9 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmjax.attention import attention, attention_scores, attention_weights
 from mmjax.attention_maps import SelfAttention, note_last_layer, note_self_attention
 from mmjax.errors import InputError, near_misses
+from mmjax.layouts import rows_first
+from mmjax.normalisation import layer_norm
+from mmjax.remat import REMAT_POLICIES, named
 from mmjax.sharding import constrain_batch
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -24,13 +27,6 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "relu": jax.nn.relu,
     "silu": jax.nn.silu,
-}
-
-# What the backward pass finds stored of a layer; the rest it computes again.
-REMAT_POLICIES = {
-    "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 
 # 1 / √inputs keeps the scale of activations at any width; BERT's fixed 0.02 is about that at 768,
@@ -57,7 +53,7 @@ class LayerConfig:
     qkv_bias: bool = True  # of the query, key and value projections
 
     dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
-    remat: str = "none"  # a key of REMAT_POLICIES
+    remat: str = "none"  # a key of mmjax.remat.REMAT_POLICIES
     unroll: bool = False  # unrolled layers run faster on a CPU and compile slower everywhere
     attention: str = "auto"  # an implementation of mmjax.attention
 
@@ -101,15 +97,29 @@ class StackConfig:
     unroll: bool = False
 
 
+class Linear(nnx.LinearGeneral):
+    """x · kernel + bias: the product in `dtype`, the bias and its gradient in float32."""
+
+    def __call__(  # type: ignore[override]  # (laid out by rules, from outside)
+        self, x: Float[Array, "..."]
+    ) -> Float[Array, "..."]:
+        """Map the last axes, as many as the layer was made for."""
+        kernel = self.kernel[...].astype(self.dtype)
+        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.axis))
+        if self.bias is None:
+            return y
+        return (y.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
+
+
 def linear(
     inputs: int | tuple[int, ...],
     outputs: int | tuple[int, ...],
     dtype: str,
     rngs: nnx.Rngs,
     bias: bool = True,
-) -> nnx.LinearGeneral:
+) -> Linear:
     """A dense layer over the last axes of its input, as many as `inputs` has sizes."""
-    return nnx.LinearGeneral(
+    return Linear(
         inputs,
         outputs,
         axis=-1 if isinstance(inputs, int) else tuple(range(-len(inputs), 0)),
@@ -117,13 +127,6 @@ def linear(
         dtype=jnp.dtype(dtype),
         kernel_init=_KERNEL_INIT,
         rngs=rngs,
-    )
-
-
-def layer_norm(width: int, epsilon: float, dtype: str, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    """LayerNorm with exact (two-pass) statistics in float32."""
-    return nnx.LayerNorm(
-        width, epsilon=epsilon, dtype=jnp.dtype(dtype), use_fast_variance=False, rngs=rngs
     )
 
 
@@ -190,7 +193,9 @@ class Attention(nnx.Module):
 
     def keys_values(self, context: Float[Array, "batch keys context_width"]) -> KeysValues:
         """What of a context is looked at, for `attend`."""
-        return KeysValues(self.key(context), self.value(context))
+        return KeysValues(
+            named("projected", self.key(context)), named("projected", self.value(context))
+        )
 
     def attend(
         self,
@@ -200,8 +205,9 @@ class Attention(nnx.Module):
         bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """The same call, over keys and values that are there already."""
-        heads = attention(self.query(x), memory.key, memory.value, mask, self.implementation, bias)
-        return self.out(heads)
+        query = named("projected", self.query(x))
+        heads = attention(query, memory.key, memory.value, mask, self.implementation, bias)
+        return named("attended", self.out(named("heads", heads)))
 
     def weights(
         self,
@@ -236,6 +242,7 @@ class AttentionSublayer(nnx.Module):
         )
         self.dropout = nnx.Dropout(config.dropout)
 
+    @jax.named_scope("attention")
     def __call__(
         self,
         x: Float[Array, "batch queries width"],
@@ -244,7 +251,8 @@ class AttentionSublayer(nnx.Module):
         key: Key[Array, ""] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """Apply the sub-layer; `key` draws its dropout."""
-        context = context if self.context_norm is None else self.context_norm(context)
+        if self.context_norm is not None and context is not None:
+            context = self.context_norm(context)
         queries = self.norm(x) if self.pre else x
         return self._add(x, self.attention(queries, context, mask), key)
 
@@ -271,7 +279,8 @@ class AttentionSublayer(nnx.Module):
         mask: Bool[Array, "#batch _ keys"] | None = None,
     ) -> Float[Array, "batch heads queries keys"]:
         """The attention probabilities of the same call."""
-        context = context if self.context_norm is None else self.context_norm(context)
+        if self.context_norm is not None and context is not None:
+            context = self.context_norm(context)
         queries = self.norm(x) if self.pre else x
         return self.attention.weights(queries, queries if context is None else context, mask)
 
@@ -291,6 +300,7 @@ class MlpSublayer(nnx.Module):
         self.norm = layer_norm(config.width, config.epsilon, config.dtype, rngs)
         self.dropout = nnx.Dropout(config.dropout)
 
+    @jax.named_scope("mlp")
     def __call__(
         self, x: Float[Array, "batch length width"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "batch length width"]:
@@ -302,7 +312,8 @@ class MlpSublayer(nnx.Module):
         self, x: Float[Array, "*batch width"], key: Key[Array, ""] | None = None
     ) -> Float[Array, "*batch width"]:
         """What is added to `x`."""
-        hidden = ACTIVATIONS[self.activation](self.up(self.norm(x) if self.pre else x))
+        hidden = named("hidden", self.up(self.norm(x) if self.pre else x))
+        hidden = ACTIVATIONS[self.activation](hidden)
         return self.dropout(self.down(hidden), deterministic=key is None, rngs=key)
 
 
@@ -403,7 +414,7 @@ class Stack(nnx.Module):
         def body(carries, layer_inputs):
             parameters, layer_key, inputs = layer_inputs
             # Without this, a sharded program may gather the whole batch on every device.
-            carry = jax.tree.map(constrain_batch, carries[0])
+            carry = jax.tree.map(lambda x: rows_first(constrain_batch(x)), carries[0])
             after, output = call(nnx.merge(graph, parameters), carry, layer_key, *inputs)
             return (after, carry), output
 

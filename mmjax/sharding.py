@@ -5,16 +5,21 @@ carry no annotations: parameters get their layout from path patterns here, activ
 `constrain_batch` at every block's boundary, and XLA's partitioner derives the rest.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mmjax.errors import InputError
-from mmjax.rules import apply_rules
+from mmjax.rules import Rules, apply_rules
 
 BATCH_AXES = ("data", "fsdp")
+
+# Of each dimension of an array the axis of the mesh that splits it, or several, or none.
+Axes = tuple[str | tuple[str, ...] | None, ...]
 
 # Where the axes of a parameter go, counted from its last: stacked layers have one axis more in
 # front. Attention and the MLP split by heads and hidden units over `tensor` (Megatron-LM, Shoeybi
@@ -29,14 +34,21 @@ PARAMETER_RULES = (
     (r".*mlp/down/kernel", ("tensor", "fsdp")),
     (r".*/token_embedding/embedding", ("tensor", "fsdp")),
     (r".*/kernel", (None, "fsdp")),
+    (r"memory/.*/image_id_queue", (BATCH_AXES,)),
+    (r"memory/.*_queue", (BATCH_AXES, None)),
     (r".*", ()),
 )
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """A mesh over all devices of all processes; -1 for one axis takes what the others leave."""
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, *, over: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """A mesh over all devices of all processes, or over those given.
+
+    -1 for one axis takes what the others leave.
+    """
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    devices = jax.device_count()
+    devices = jax.device_count() if over is None else len(over)
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise InputError(f"mesh: sizes are positive, at most one of them -1; found {sizes}.")
@@ -54,9 +66,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             f"{jax.process_count()} processes, so they could not share out the batch; lower "
             "mesh.tensor."
         )
-    return jax.make_mesh(
-        tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes)
+    # (`jax.make_mesh` refuses sizes that are no product of a TPU slice's own axes)
+    laid_out = mesh_utils.create_device_mesh(
+        tuple(sizes.values()),
+        devices=jax.devices() if over is None else over,
+        allow_split_physical_axes=True,
     )
+    mesh = Mesh(laid_out, tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+    for group in laid_out.reshape(-1, sizes["tensor"]):
+        if len(hosts := {device.process_index for device in group}) > 1:
+            raise InputError(
+                f"mesh.tensor = {sizes['tensor']}: the devices that share rows of the batch belong "
+                f"to {len(hosts)} processes, each of which would read its own; lower mesh.tensor, "
+                "and take mesh.fsdp for what does not fit."
+            )
+    return mesh
 
 
 def check_batch_size(
@@ -85,28 +109,76 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def tree_shardings(tree: Any, mesh: Mesh, rules=PARAMETER_RULES) -> Any:
+def tree_shardings(
+    tree: Any, mesh: Mesh | AbstractMesh, *, over_data: bool = False, rules: Rules = PARAMETER_RULES
+) -> Any:
     """The sharding of every leaf of an abstract tree.
 
-    A dimension that its mesh axis does not divide stays whole: 3 heads do not split in two.
+    A dimension that its mesh axis does not divide stays whole: 3 heads do not split in two. With
+    `over_data` each leaf is split over the data axis as well, along the dimension of which most is
+    left: what is read once a step need not lie on every device (ZeRO, Rajbhandari et al. 2020,
+    section 5.1).
     """
     specs = apply_rules(rules, tree, key="sharding rules")
-    return jax.tree.map(
-        lambda leaf, spec: NamedSharding(mesh, _fitting(spec, leaf.shape, mesh)), tree, specs
-    )
+
+    def sharding(leaf: Any, axes: Axes) -> NamedSharding:
+        spec = _fitting(axes, leaf.shape, mesh)
+        return NamedSharding(mesh, _over_data(spec, leaf.shape, mesh) if over_data else spec)
+
+    return jax.tree.map(sharding, tree, specs)
 
 
-def _fitting(
-    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh
-) -> PartitionSpec:
+def _fitting(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     axes = axes[len(axes) - min(len(axes), len(shape)) :]
     axes = (None,) * (len(shape) - len(axes)) + axes
     return PartitionSpec(
         *(
-            axis if axis is not None and size % mesh.shape[axis] == 0 else None
+            axis if axis is not None and size % _ways(axis, mesh) == 0 else None
             for axis, size in zip(axes, shape, strict=True)
         )
     )
+
+
+def _ways(axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
+    """How many parts an axis of the mesh, or several together, split a dimension in."""
+    return int(np.prod([mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis)]))
+
+
+def _over_data(
+    spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh | AbstractMesh
+) -> PartitionSpec:
+    """`spec` with the data axis too, where it can split what the others leave of a dimension."""
+    axes: list[tuple[str, ...]] = [
+        () if axis is None else (axis,) if isinstance(axis, str) else axis for axis in spec
+    ]
+    left = [size // _ways(names, mesh) for size, names in zip(shape, axes, strict=True)]
+    places = [place for place, size in enumerate(left) if size % mesh.shape["data"] == 0]
+    if places and not any("data" in names for names in axes):
+        axes[max(places, key=left.__getitem__)] += ("data",)
+    return PartitionSpec(*(names or None for names in axes))
+
+
+def constrain_over_data(tree: Any) -> Any:
+    """Gradients laid out as the optimizer's state is, on the mesh in force, if any.
+
+    First as parameters are, and then split: otherwise the split would reach back into the layers
+    that they are summed over, and break up the products there.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return tree
+    for over_data in (False, True):
+        layout = tree_shardings(tree, mesh, over_data=over_data)
+        tree = jax.tree.map(
+            lambda x, sharding: jax.lax.with_sharding_constraint(x, sharding.spec), tree, layout
+        )
+    return tree
+
+
+def batch_devices() -> int:
+    """How many devices the mesh in force, if any, splits the batch over."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return 1 if mesh.empty else int(np.prod([mesh.shape[axis] for axis in BATCH_AXES]))
 
 
 def constrain_batch(x: jax.Array) -> jax.Array:
@@ -127,6 +199,23 @@ def gather_table(table: jax.Array) -> jax.Array:
     if mesh.empty:
         return table
     return jax.lax.with_sharding_constraint(table, _fitting(("tensor", None), table.shape, mesh))
+
+
+def gather_tables(params: Any) -> Any:
+    """Parameters that lie over the data axis (`over_data`), ready to be used: all but the kernels.
+
+    Kernels are gathered at their products, layer by layer. Looked up as they lie, tables would do
+    to activations what `gather_table` says.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return params
+
+    def gather(path, x, sharding):
+        is_kernel = path[-1].key == "kernel"
+        return x if is_kernel else jax.lax.with_sharding_constraint(x, sharding.spec)
+
+    return jax.tree_util.tree_map_with_path(gather, params, tree_shardings(params, mesh))
 
 
 def to_device(batch: Any, mesh: Mesh) -> Any:

@@ -9,7 +9,14 @@ import pytest
 from jaxtyping import install_import_hook
 
 # The annotated shapes are checked while the tests run.
-CHECKED = ["mmjax.attention", "mmjax.layers", "mmjax.models", "mmjax.objectives"]
+CHECKED = [
+    "mmjax.attention",
+    "mmjax.fused_attention",
+    "mmjax.fused_attention_kernels",
+    "mmjax.layers",
+    "mmjax.models",
+    "mmjax.objectives",
+]
 install_import_hook(CHECKED, "beartype.beartype")
 
 # All of this is read when jax is imported, which the tests do after this file.

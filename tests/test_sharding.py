@@ -114,6 +114,25 @@ def test_what_does_not_divide_stays_whole():
     assert spec(tree_shardings(tree, mesh), "x", "query", "kernel") == P(None, "tensor", None)
 
 
+def test_what_is_read_once_a_step_is_split_over_data_too():
+    """Along the dimension of which the rules leave most, if the axis divides it."""
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    tree = {
+        "mlp": {"up": {"kernel": jax.ShapeDtypeStruct((3, 8, 32), jnp.float32)}},
+        "norm": {"scale": jax.ShapeDtypeStruct((3, 8), jnp.float32)},
+        "odd": jax.ShapeDtypeStruct((3, 5), jnp.float32),
+        "step": jax.ShapeDtypeStruct((), jnp.int32),
+        "memory": {"queues": {"image_queue": jax.ShapeDtypeStruct((3, 8, 4), jnp.float32)}},
+    }
+    layout = tree_shardings(tree, mesh, over_data=True)
+    assert spec(layout, "mlp", "up", "kernel") == P(None, "fsdp", ("tensor", "data"))
+    assert spec(layout, "norm", "scale") == P(None, "data")
+    assert spec(layout, "odd") == P(None, None)
+    assert spec(layout, "step") == P()
+    assert spec(layout, "memory", "queues", "image_queue") == P(None, ("data", "fsdp"), None)
+    assert spec(tree_shardings(tree, mesh), "norm", "scale") == P(None, None)
+
+
 def test_a_batch_reaches_the_devices_row_by_row():
     mesh = make_mesh(data=4, fsdp=2)
     batch = {"text": np.arange(32).reshape(16, 2), "valid": np.ones(16, bool)}

@@ -90,8 +90,8 @@ class ContrastiveHead(nnx.Module):
         At full float32 precision: a TPU would round the factors to bfloat16, and the scale makes
         tenths of a logit of that.
         """
-        logits = self.scale * jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
-        return logits if self.logit_bias is None else logits + self.logit_bias[...]
+        cosines = jnp.matmul(images, texts.T, precision=jax.lax.Precision.HIGHEST)
+        return self.scale * cosines + self.offset
 
     def outputs(
         self,
@@ -112,6 +112,11 @@ class ContrastiveHead(nnx.Module):
         if self.temperature is not None:
             return 1 / self.temperature[...]
         return jnp.ones(()) if self.logit_scale is None else jnp.exp(self.logit_scale[...])
+
+    @property
+    def offset(self) -> Float[Array, ""]:
+        """What is added to them then."""
+        return jnp.zeros(()) if self.logit_bias is None else self.logit_bias[...]
 
 
 class MatchingHead(nnx.Module):

@@ -3,10 +3,11 @@
 What a loss means never depends on how many devices or processes computed it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Key
@@ -121,21 +122,20 @@ class Task:
     adversarial: Adversarial = field(default_factory=Adversarial)
     reference: nnx.GraphDef | None = None  # the structure of the model that teaches, if any
 
-    def losses(
+    def features(
         self,
         model: Any,
         batch: Mapping[str, Array],
         key: Key[Array, ""],
         dropout_key: Key[Array, ""] | None = None,
         **context: Any,
-    ) -> dict[str, Loss]:
-        """Every objective's loss on one batch, encodings shared.
+    ) -> Features:
+        """What the objectives share of one batch.
 
         `key` draws masks and negatives, by example; `dropout_key` dropout (None: evaluation);
-        `context` are the further arguments of `Features`. Without a `reference`, what is learnt
-        from it alone is left out.
+        `context` are the further arguments of `Features`.
         """
-        features = Features(
+        return Features(
             model,
             batch,
             dropout_key,
@@ -144,11 +144,24 @@ class Task:
             masking=self.masking,
             **context,
         )
-        return {
-            name: objective(features, purpose_key(key, name))
-            for name, objective in self.objectives.items()
-            if features.reference is not None or not objective.needs_reference
+
+    def losses(self, features: Features, names: Iterable[str] | None = None) -> dict[str, Loss]:
+        """The loss of every objective, or of those named.
+
+        Without a reference, what is learnt from it alone is left out.
+        """
+        asked = {
+            name: (self.objectives[name], purpose_key(features.draws, name))
+            for name in (self.objectives if names is None else names)
+            if features.reference is not None or not self.objectives[name].needs_reference
         }
+        for objective, key in asked.values():
+            objective.prepare(features, key)
+        losses = {}
+        for name, (objective, key) in asked.items():
+            with jax.named_scope(name):
+                losses[name] = objective(features, key)
+        return losses
 
     def total(
         self, losses: Mapping[str, Loss], weights: Mapping[str, Float[Array, ""]]
@@ -158,7 +171,7 @@ class Task:
             self.objectives[name].weight * loss.total / weights[name]
             for name, loss in losses.items()
         ]
-        return jnp.stack(terms).sum()
+        return jnp.stack(terms).sum() if terms else jnp.zeros(())
 
     def memory(self, model: Any, batch_size: int) -> dict[str, dict[str, Array]]:
         """What the objectives remember, at the start."""

@@ -1,8 +1,6 @@
 """Image-text contrastive learning (ITC): by a softmax, by a sigmoid, and token by token."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar
 
 import jax
@@ -12,12 +10,10 @@ from jaxtyping import Array, Bool, Float, Int
 from mmjax.errors import InputError
 from mmjax.models.heads import unit
 from mmjax.objectives.features import Features
+from mmjax.objectives.folds import Hit, InfoNce, Sigmoid
 from mmjax.objectives.geometry import geometry_metrics
 from mmjax.objectives.loss import Loss, Sum, weighted
 from mmjax.objectives.objective import Objective
-
-# Logits, which of them are positives, and which candidates are valid, to a loss a query.
-QueryLoss = Callable[[Array, Array, Array], Array]
 
 
 @dataclass(frozen=True)
@@ -35,6 +31,7 @@ class Contrastive(Objective):
     source: ClassVar[str] = "Radford et al. 2021, CLIP, figure 3"
     needs: ClassVar[tuple[str, ...]] = ("contrastive",)
     compares_examples: ClassVar[bool] = True
+    compares_embeddings: ClassVar[bool] = True
 
     def check(self, name: str, model: Any) -> None:
         """A share is a share."""
@@ -42,12 +39,19 @@ class Contrastive(Objective):
         if not 0 <= self.smoothing < 1:
             raise InputError(f"objectives.{name}.smoothing is {self.smoothing}: take 0 ≤ … < 1.")
 
+    def prepare(self, features: Features, key: jax.Array) -> None:
+        """Both ways."""
+        for side in ("image", "text"):
+            features.walk(side).ask("contrastive", InfoNce(self.smoothing))
+        features.walk("image").ask("hit", Hit())
+
     def __call__(self, features: Features, key: jax.Array) -> Loss:
         """Nothing is left to chance."""
-        logits = features.similarity_logits
-        vectors = features.image_embedding, features.text_embedding
-        loss = partial(info_nce, smoothing=self.smoothing)
-        return _both_ways("contrastive", features, logits, logits.T, vectors, loss)
+        self.prepare(features, key)
+        of_images, of_texts = (
+            features.walk(side).answer("contrastive") for side in ("image", "text")
+        )
+        return _loss("contrastive", features, (of_images + of_texts) / 2)
 
 
 @dataclass(frozen=True)
@@ -62,17 +66,25 @@ class SigmoidContrastive(Objective):
     source: ClassVar[str] = "Zhai et al. 2023, SigLIP, algorithm 1"
     needs: ClassVar[tuple[str, ...]] = ("contrastive",)
     compares_examples: ClassVar[bool] = True
+    compares_embeddings: ClassVar[bool] = True
+
+    def prepare(self, features: Features, key: jax.Array) -> None:
+        """One way: the other one has the same pairs."""
+        features.walk("image").ask("sigmoid_contrastive", Sigmoid())
+        features.walk("image").ask("hit", Hit())
 
     def __call__(self, features: Features, key: jax.Array) -> Loss:
         """Nothing is left to chance."""
-        logits = features.similarity_logits
-        vectors = features.image_embedding, features.text_embedding
-        return _both_ways("sigmoid_contrastive", features, logits, logits.T, vectors, sigmoid_loss)
+        self.prepare(features, key)
+        losses = features.walk("image").answer("sigmoid_contrastive")
+        return _loss("sigmoid_contrastive", features, losses)
 
 
 @dataclass(frozen=True)
 class TokenContrastive(Contrastive):
     """InfoNCE over similarities of tokens: each picks the most similar one of the other side.
+
+    All pairs' similarities are held at once, [B, B] split by rows.
 
     Tokens are the picture's patches without their class token, and all of a text that is no
     padding: the paper leaves out nothing else, so [CLS] and [SEP] take part. They go through the
@@ -81,6 +93,10 @@ class TokenContrastive(Contrastive):
 
     formula: ClassVar[str] = "InfoNCE of meanₖ maxᵣ xᵢₖ·tⱼᵣ and of meanᵣ maxₖ xⱼₖ·tᵢᵣ"
     source: ClassVar[str] = "Yao et al. 2022, FILIP, eq. 3-5"
+    compares_embeddings: ClassVar[bool] = False
+
+    def prepare(self, features: Features, key: jax.Array) -> None:
+        """Similarities of tokens are no products of two vectors: no walk makes them."""
 
     def __call__(self, features: Features, key: jax.Array) -> Loss:
         """Nothing is left to chance."""
@@ -91,10 +107,17 @@ class TokenContrastive(Contrastive):
         seen = jnp.ones(patches.shape[:2], bool) if image.mask is None else image.mask[:, first:]
         read = features.batch["text_mask"]
         to_text, to_image = late_interaction(patches, words, seen, read)
-        logits = head.scale * to_text, head.scale * to_image
+        to_text, to_image = head.scale * to_text, head.scale * to_image
+        valid, positives = features.batch["valid"], same_image(features.batch["image_id"])
+        of_images, of_texts = (
+            info_nce(logits, positives, valid, self.smoothing) for logits in (to_text, to_image)
+        )
+        total, weight = weighted((of_images + of_texts) / 2, valid)
+        best = jnp.where(valid, to_text, -jnp.inf).argmax(axis=-1)
+        hit = jnp.take_along_axis(positives, best[:, None], axis=1)[:, 0]
         vectors = _mean_direction(patches, seen), _mean_direction(words, read)
-        loss = partial(info_nce, smoothing=self.smoothing)
-        return _both_ways("token_contrastive", features, *logits, vectors, loss)
+        metrics = contrastive_metrics("token_contrastive", features, hit, *vectors)
+        return Loss(total, weight, metrics, scores=(to_text, valid.astype(jnp.float32)))
 
 
 def same_image(image_id: Int[Array, " batch"]) -> Bool[Array, "batch batch"]:
@@ -155,37 +178,32 @@ def late_interaction(
     return to_text.T, to_image
 
 
-def similarity_metrics(
+def contrastive_metrics(
     name: str,
     features: Features,
-    logits: Float[Array, "queries candidates"],
-    positives: Bool[Array, "queries candidates"],
-    valid: Bool[Array, " candidates"],
+    hit: Bool[Array, " batch"],
+    images: Float[Array, "batch embedding"],
+    texts: Float[Array, "batch embedding"],
 ) -> dict[str, Sum]:
-    """How often a picture's best candidate is one of its texts, and the scale of similarities."""
-    best = jnp.where(valid, logits, -jnp.inf).argmax(axis=-1)
-    hit = jnp.take_along_axis(positives, best[:, None], axis=1)[:, 0]
+    """How often a picture's best candidate is one of its texts, the scale, and the geometry."""
+    batch = features.batch
     return {
-        f"{name}/accuracy": weighted(hit, features.batch["valid"]),
+        f"{name}/accuracy": weighted(hit, batch["valid"]),
         "contrastive/logit_scale": (features.model.contrastive.scale, jnp.ones(())),
+        **geometry_metrics(images, texts, batch["valid"], batch["image_id"]),
     }
 
 
-def _both_ways(
-    name: str,
-    features: Features,
-    image_to_text: Float[Array, "batch batch"],
-    text_to_image: Float[Array, "batch batch"],
-    vectors: tuple[Float[Array, "batch embedding"], Float[Array, "batch embedding"]],
-    loss: QueryLoss,
-) -> Loss:
-    """The mean over valid rows of a picture's loss among texts and a text's among pictures."""
-    valid, positives = features.batch["valid"], same_image(features.batch["image_id"])
-    rows = loss(image_to_text, positives, valid) + loss(text_to_image, positives, valid)
-    total, weight = weighted(rows / 2, valid)
-    metrics = similarity_metrics(name, features, image_to_text, positives, valid)
-    metrics |= geometry_metrics(*vectors, valid, positives)
-    return Loss(total, weight, metrics, scores=(image_to_text, valid.astype(jnp.float32)))
+def _loss(name: str, features: Features, losses: Float[Array, " batch"]) -> Loss:
+    """The mean over valid rows, of walks from pictures to texts and back."""
+    valid = features.batch["valid"]
+    total, weight = weighted(losses, valid)
+    hit = features.walk("image").answer("hit")
+    vectors = features.image_embedding, features.text_embedding
+    metrics = contrastive_metrics(name, features, hit, *vectors)
+    # (asked for by adversarial training alone; otherwise the compiler leaves them out)
+    scores = features.similarity_logits, valid.astype(jnp.float32)
+    return Loss(total, weight, metrics, scores=scores)
 
 
 def _shares(chosen: Bool[Array, "*queries candidates"]) -> Float[Array, "*queries candidates"]:

@@ -16,6 +16,7 @@ from mmjax.models import Encoded, Fused
 from mmjax.models.model import taken
 from mmjax.objectives.loss import example_keys, purpose_key
 from mmjax.objectives.masking import Masking, choose, choose_blocks, mask_tokens
+from mmjax.objectives.walk import Scale, Side, Walk
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Features:
         reference: another model, whose outputs are learnt from (distillation).
         shifts: fields that are added to the batch: perturbations of embedded inputs, `text_shift`
             and `image_shift`.
+        embeddings: as of `embeddings`, where they are known already.
     """
 
     def __init__(
@@ -63,6 +65,7 @@ class Features:
         average: Any = None,
         reference: Any = None,
         shifts: Mapping[str, Array] | None = None,
+        embeddings: Mapping[str, tuple[Array, Array]] | None = None,
     ):
         self.model, self.batch, self.key = model, batch, key
         self.draws = jax.random.key(0) if draws is None else draws
@@ -71,6 +74,9 @@ class Features:
         self.step, self.memory, self.shifts = step, memory or {}, shifts or {}
         self.average = None if average is None else self._of(average)
         self.reference = None if reference is None else self._of(reference)
+        for owner, known in (embeddings or {}).items():
+            of = self if owner == "own" else getattr(self, owner)
+            of.image_embedding, of.text_embedding = known
 
     def _of(self, model: Any) -> "Features":
         """Another model's features of the same batch under the same masks, without dropout."""
@@ -82,14 +88,17 @@ class Features:
         """The key of one pass through the model."""
         return None if self.key is None else purpose_key(self.key, f"dropout/{purpose}")
 
+    @jax.named_scope("image")
     def encode_image(self, purpose: str, **changes: Any) -> Encoded:
         """The pictures, encoded, with some fields of the batch changed."""
         return self._call(self.model.encode_image, purpose, changes)
 
+    @jax.named_scope("text")
     def encode_text(self, purpose: str, **changes: Any) -> Encoded:
         """The texts, encoded, with some fields of the batch changed."""
         return self._call(self.model.encode_text, purpose, changes)
 
+    @jax.named_scope("fusion")
     def fuse(self, image: Encoded, text: Encoded, purpose: str) -> Fused:
         """Row i of the pictures with row i of the texts."""
         with last_layers() as self._stacks[purpose]:
@@ -134,28 +143,47 @@ class Features:
         """Unit vectors of the texts."""
         return self.model.embed_text(self.text)
 
+    @property
+    def embeddings(self) -> dict[str, tuple[Array, Array]]:
+        """Of pictures and texts, the model's 'own' and, where there is one, the 'average'."""
+        of = {"own": self} | ({} if self.average is None else {"average": self.average})
+        return {owner: (each.image_embedding, each.text_embedding) for owner, each in of.items()}
+
     @cached_property
     def similarity_logits(self) -> Float[Array, "batch batch"]:
         """Scaled cosines of every picture (rows) with every text of the global batch.
 
-        At full float32 precision: a TPU would round the factors to bfloat16, and the scale makes
-        tenths of a logit of that.
+        All of them at once, which a large batch has no memory for: see `walk`.
         """
         return self.model.contrastive.logits(self.image_embedding, self.text_embedding)
 
-    @cached_property
-    def negative_logits(
-        self,
-    ) -> tuple[Float[Array, "batch batch"], Float[Array, "batch batch"]]:
-        """What hard negatives are drawn by: pictures × texts, and texts × pictures.
+    def walk(self, of: str, by_average: bool = False) -> Walk:
+        """Each picture (`of='image'`) or text beside all of the other side of the global batch.
 
-        The other side is that of the moving average, where there is one (ALBEF, section 3.2).
+        With `by_average` the moving average has encoded what they are compared with, and is their
+        teacher. What several objectives ask of one kind of walk is answered by one.
         """
-        if self.average is None:
-            return self.similarity_logits, self.similarity_logits.T
-        average, logits = self.average, self.model.contrastive.logits
-        image_to_text = logits(self.image_embedding, average.text_embedding)
-        return image_to_text, logits(average.image_embedding, self.text_embedding).T
+        if (of, by_average) not in self._walks:
+            self._walks[of, by_average] = self._start_walk(of, by_average)
+        return self._walks[of, by_average]
+
+    @cached_property
+    def _walks(self) -> dict[tuple[str, bool], Walk]:
+        return {}
+
+    def _start_walk(self, of: str, by_average: bool) -> Walk:
+        other = {"image": "text", "text": "image"}[of]
+        rows, known = self.vectors(of), (self.average if by_average else None) or self
+        head, batch = self.model.contrastive, self.batch
+        scale = Scale(head.scale, head.offset)
+        marks = batch["image_id"], batch["valid"], batch["index"], jnp.arange(len(rows))
+        teacher = None if known is self else known.vectors(of)
+        candidates = Side(known.vectors(other), *marks)
+        return Walk(scale, Side(rows, *marks, teacher), candidates, learns=known is self)
+
+    def vectors(self, of: str) -> Float[Array, "batch embedding"]:
+        """Unit vectors of pictures ('image') or of texts."""
+        return self.image_embedding if of == "image" else self.text_embedding
 
     @cached_property
     def words_masked(self) -> Masked:

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.objectives.loss import Sum, weighted
 
@@ -56,17 +56,17 @@ def geometry_metrics(
     images: Float[Array, "rows width"],
     texts: Float[Array, "rows width"],
     valid: Bool[Array, " rows"],
-    same: Bool[Array, "rows rows"],
+    image_id: Int[Array, " rows"],
 ) -> dict[str, Sum]:
     """The three measures of unit vectors as (sum, weight), for the eye: without gradients.
 
     Of rank and uniformity it is the worse one of pictures and texts: one modality that collapses is
-    enough. Rows of the `same` picture are no pair of the uniformity.
+    enough. Rows of the same picture are no pair of the uniformity.
     """
     images, texts = jax.lax.stop_gradient((images, texts))
     aligned = weighted(alignment(images, texts), valid)
-    images, texts, valid = images[:SAMPLE], texts[:SAMPLE], valid[:SAMPLE]
-    pairs = valid[:, None] & valid & ~same[:SAMPLE, :SAMPLE]
+    images, texts, valid, image_id = (x[:SAMPLE] for x in (images, texts, valid, image_id))
+    pairs = valid[:, None] & valid & (image_id[:, None] != image_id)
     rank = jnp.minimum(effective_rank(images, valid), effective_rank(texts, valid))
     uniform = jnp.maximum(uniformity(images, pairs), uniformity(texts, pairs))
     rows, count = valid.sum().astype(jnp.float32), pairs.sum().astype(jnp.float32)

@@ -1,5 +1,6 @@
 """Image-text matching (ITM) with hard negatives from the batch."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -9,53 +10,15 @@ from jaxtyping import Array, Bool, Float, Int, Key, Shaped
 
 from mmjax.errors import InputError, near_misses
 from mmjax.models import Encoded
-from mmjax.objectives.contrastive import same_image
 from mmjax.objectives.features import Features
+from mmjax.objectives.folds import Draw
 from mmjax.objectives.loss import Loss, purpose_key, weighted
 from mmjax.objectives.objective import Objective
+from mmjax.objectives.partners import fetch
+from mmjax.objectives.walk import Scale, Side, walk
 
 NEGATIVES = ("hard", "random")
-
-
-def pair_gumbel(
-    key: Key[Array, ""], rows: Int[Array, " queries"], columns: Int[Array, " candidates"]
-) -> Float[Array, "queries candidates"]:
-    """Gumbel noise that belongs to a pair of examples, whatever rows of the batch they came in."""
-
-    def bits(row, column):
-        folded = jax.random.fold_in(jax.random.fold_in(key, row), column)
-        return jax.random.key_data(folded)[0]
-
-    pair_bits = jax.vmap(jax.vmap(bits, (None, 0)), (0, None))(rows, columns)
-    # Odd multiples of 2⁻²⁴: float32 holds them exactly, and neither 0 nor 1 is among them.
-    uniform = (pair_bits >> 9).astype(jnp.float32) * 2**-23 + 2**-24
-    return -jnp.log(-jnp.log(uniform))
-
-
-def sample_negatives(
-    logits: Float[Array, "queries candidates"],
-    allowed: Bool[Array, "queries candidates"],
-    noise: Float[Array, "queries candidates"],
-) -> tuple[Int[Array, " queries"], Bool[Array, " queries"]]:
-    """One candidate a query, drawn from softmax(logits) over the allowed ones by Gumbel-max.
-
-    Returns the candidates, and whether there was any to draw.
-    """
-    return jnp.where(allowed, logits + noise, -jnp.inf).argmax(axis=-1), allowed.any(axis=-1)
-
-
-def negative_probabilities(
-    logits: Float[Array, "queries candidates"],
-    allowed: Bool[Array, "queries candidates"],
-    smoothing: float = 0.0,
-) -> Float[Array, "queries candidates"]:
-    """How likely each candidate is to be drawn: softmax(logits) over the allowed ones.
-
-    A share of `smoothing` is drawn evenly from them. Rows that allow none are zero.
-    """
-    hard = jax.nn.softmax(jnp.where(allowed, logits, -1e30))
-    even = 1 / jnp.maximum(allowed.sum(axis=-1, keepdims=True), 1)
-    return jnp.where(allowed, (1 - smoothing) * hard + smoothing * even, 0)
+DRAWN = {"image": "false texts", "text": "false pictures"}  # of each of the one, the other
 
 
 class Negatives(NamedTuple):
@@ -77,7 +40,8 @@ class Matching(Objective):
     never a negative. With one true pair in three, a model that knows nothing has a loss of 0.6365.
 
     BLIP adds 1e-4 to every probability, so that a draw is never impossible. How much is drawn
-    evenly then grows with the batch: about 1e-4 times its size. `smoothing` is that share itself.
+    evenly then grows with the batch: about 1e-4 times its size, so most at 16,384 pairs.
+    `smoothing` is that share itself.
     """
 
     negatives: str = "hard"  # or 'random'
@@ -104,34 +68,48 @@ class Matching(Objective):
         if not 0 <= self.smoothing <= 1:
             raise InputError(f"objectives.{name}.smoothing is {self.smoothing}: take 0 ≤ … ≤ 1.")
 
+    def prepare(self, features: Features, key: jax.Array) -> None:
+        """Hard negatives are drawn in the walk of the contrastive loss, if there is one."""
+        if self.negatives == "hard":
+            for side, purpose in DRAWN.items():
+                walk = features.walk(side, features.average is not None)
+                walk.ask("negative", Draw(purpose_key(key, purpose), self.smoothing))
+
     def __call__(self, features: Features, key: jax.Array) -> Loss:
         """Three pairs an example; invalid rows and rows without a false partner do not count."""
         return match_triples(features, self.draw(features, key))
 
     def draw(self, features: Features, key: Key[Array, ""]) -> Negatives:
-        """A false partner for each picture and for each text, by example."""
-        batch, index = features.batch, features.batch["index"]
-        allowed = ~same_image(batch["image_id"]) & batch["valid"][None, :] & batch["valid"][:, None]
-        image_to_text = text_to_image = jnp.zeros(allowed.shape, jnp.float32)
-        if self.negatives == "hard":
-            # The draw is no path for gradients.
-            image_to_text, text_to_image = jax.lax.stop_gradient(features.negative_logits)
+        """A false partner for each picture and for each text, by example.
 
-        def one_each(logits, purpose):
-            log_p = jnp.log(negative_probabilities(logits, allowed, self.smoothing))
-            noise = pair_gumbel(purpose_key(key, purpose), index, index)
-            return sample_negatives(log_p, allowed, noise)
+        The other side is that of the moving average, where there is one (ALBEF, section 3.2).
+        """
+        if self.negatives == "random":
+            keys = (purpose_key(key, purpose) for purpose in DRAWN.values())
+            texts, images = (draw_evenly(features.batch, each) for each in keys)
+        else:
+            self.prepare(features, key)
+            walks = (features.walk(side, features.average is not None) for side in DRAWN)
+            texts, images = (walk.answer("negative") for walk in walks)
+        return Negatives(*texts, *images)
 
-        false_texts = one_each(image_to_text, "false texts")
-        return Negatives(*false_texts, *one_each(text_to_image, "false pictures"))
+
+def draw_evenly(
+    batch: Mapping[str, Array], key: Key[Array, ""]
+) -> tuple[Int[Array, " batch"], Bool[Array, " batch"]]:
+    """For each row of the global batch one that shows another picture; whether there was any."""
+    image_id, rows = batch["image_id"], jnp.arange(len(batch["image_id"]))
+    alike = Side(jnp.zeros((len(rows), 0)), image_id, batch["valid"], batch["index"], rows)
+    scale = Scale(jnp.ones(()), jnp.zeros(()))
+    return walk(scale, alike, (alike,), (Draw(key, evenly=1.0),))[0]
 
 
 def match_triples(features: Features, negatives: Negatives) -> Loss:
     """Is each pair, each picture with its false text, each text with its false picture a match?"""
     image, text = features.image, features.text
     fused = features.fuse(
-        interleave(image, image, image.take(negatives.image)),
-        interleave(text, text.take(negatives.text), text),
+        interleave(image, image, fetch(image, negatives.image)),
+        interleave(text, fetch(text, negatives.text), text),
         "matching",
     )
     logits = features.model.match(fused)

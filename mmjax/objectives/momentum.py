@@ -1,5 +1,6 @@
 """Contrastive learning against a moving average of the model and a queue of its features."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -8,11 +9,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from mmjax.errors import InputError
-from mmjax.objectives.contrastive import info_nce, similarity_metrics
+from mmjax.objectives.contrastive import contrastive_metrics, info_nce
 from mmjax.objectives.features import Features
-from mmjax.objectives.geometry import geometry_metrics
+from mmjax.objectives.folds import Hit, InfoNce, Taught
 from mmjax.objectives.loss import Loss, weighted
 from mmjax.objectives.momentum_distillation import MomentumDistilled, mixed, soft_cross_entropy
+from mmjax.objectives.walk import Side
 
 EMPTY = -1  # the image id of a place in the queue that holds nothing, as of a bad record
 
@@ -40,6 +42,7 @@ class MomentumContrastive(MomentumDistilled):
     source: ClassVar[str] = "Li et al. 2021, ALBEF, equations 1, 2 and 6"
     needs: ClassVar[tuple[str, ...]] = ("contrastive",)
     compares_examples: ClassVar[bool] = True
+    compares_embeddings: ClassVar[bool] = True
 
     @property
     def needs_average(self) -> bool:
@@ -47,7 +50,10 @@ class MomentumContrastive(MomentumDistilled):
         return True
 
     def memory(self, model: Any, batch_size: int) -> dict[str, Array]:
-        """An empty queue: unit vectors by the average `[Q,E]`, and image ids `[Q]`."""
+        """An empty queue of Q / B batches: unit vectors by the average `[Q/B,B,E]`, and image ids.
+
+        Batch by batch, so that every device keeps its own rows of each.
+        """
         if self.queue_size < 1 or self.queue_size % batch_size:
             lower = self.queue_size // batch_size * batch_size
             near = f"{lower} or {lower + batch_size}" if lower > 0 else str(batch_size)
@@ -55,53 +61,80 @@ class MomentumContrastive(MomentumDistilled):
                 f"objectives.momentum_contrastive.queue_size is {self.queue_size}, no multiple of "
                 f"batch_size = {batch_size}, and every step replaces a whole batch; take {near}."
             )
-        shape = self.queue_size, model.contrastive.width
+        places = self.queue_size // batch_size, batch_size
         return {
-            "image_queue": jnp.zeros(shape),
-            "text_queue": jnp.zeros(shape),
-            "image_id_queue": jnp.full(self.queue_size, EMPTY, jnp.int32),
+            "image_queue": jnp.zeros((*places, model.contrastive.width)),
+            "text_queue": jnp.zeros((*places, model.contrastive.width)),
+            "image_id_queue": jnp.full(places, EMPTY, jnp.int32),
         }
+
+    def prepare(self, features: Features, key: jax.Array) -> None:
+        """Both ways, against the batch and the queue."""
+        by_average = features.average is not None
+        queues = features.memory.get("momentum_contrastive", {})
+        for side, other in (("image", "text"), ("text", "image")):
+            walk = features.walk(side, by_average)
+            walk.ask("contrastive", InfoNce())
+            if by_average:
+                walk.ask("taught", Taught())
+            if queues:
+                walk.further = (_waiting(queues, other),)
+        features.walk("image", by_average).ask("hit", Hit())
 
     def __call__(self, features: Features, key: jax.Array) -> Loss:
         """Nothing is left to chance."""
+        self.prepare(features, key)
         batch, valid = features.batch, features.batch["valid"]
-        average = features if features.average is None else features.average
-        newest = {
-            "image_queue": average.image_embedding,
-            "text_queue": average.text_embedding,
-            "image_id_queue": jnp.where(valid, batch["image_id"], EMPTY),
-        }
-        queues = features.memory.get("momentum_contrastive", {})
-        candidates = {
-            name: jnp.concatenate([new, queues[name]]) if queues else new
-            for name, new in newest.items()
-        }
-        images, texts, image_id = candidates.values()
-        there, positives = image_id != EMPTY, batch["image_id"][:, None] == image_id
-
-        logits_of, alpha = features.model.contrastive.logits, self.alpha(features)
-        image_to_text = logits_of(features.image_embedding, texts)
-        teacher = logits_of(average.image_embedding, texts)
-        of_images = momentum_nce(image_to_text, teacher, positives, there, alpha)
-        text_to_image = logits_of(images, features.text_embedding).T
-        teacher = logits_of(images, average.text_embedding).T
-        of_texts = momentum_nce(text_to_image, teacher, positives, there, alpha)
-
-        total, weight = weighted((of_images + of_texts) / 2, valid)
-        metrics = similarity_metrics(
-            "momentum_contrastive", features, image_to_text, positives, there
-        )
+        walks = [features.walk(side, features.average is not None) for side in ("image", "text")]
+        losses = sum(walk.answer("contrastive") for walk in walks) / 2
+        if features.average is not None:
+            soft = sum(walk.answer("taught") for walk in walks) / 2
+            losses = mixed(losses, soft, self.alpha(features))
+        total, weight = weighted(losses, valid)
         vectors = features.image_embedding, features.text_embedding
-        metrics |= geometry_metrics(*vectors, valid, positives[:, : len(valid)])
-        memory = {}
+        hit = walks[0].answer("hit")
+        metrics = contrastive_metrics("momentum_contrastive", features, hit, *vectors)
+        memory, queues = {}, features.memory.get("momentum_contrastive", {})
         if queues and features.step is not None:
             filled = queues["image_id_queue"] != EMPTY
             metrics["momentum_contrastive/queue_filled"] = weighted(filled, jnp.ones(filled.shape))
+            average = features if features.average is None else features.average
+            newest = {
+                "image_queue": average.image_embedding,
+                "text_queue": average.text_embedding,
+                "image_id_queue": jnp.where(valid, batch["image_id"], EMPTY),
+            }
             memory = {
                 name: enqueue(queues[name], new, features.step) for name, new in newest.items()
             }
-        scores = jnp.where(there, image_to_text, -1e30), valid.astype(jnp.float32)
+        scores = _all_logits(features, queues), valid.astype(jnp.float32)
         return Loss(total, weight, metrics, memory, scores)
+
+
+def _all_logits(
+    features: Features, queues: Mapping[str, Array]
+) -> Float[Array, "batch candidates"]:
+    """Of pictures with the texts of the batch and the queue: for adversarial training alone.
+
+    Otherwise the compiler leaves them out.
+    """
+    texts = (features.average or features).text_embedding
+    there = features.batch["valid"]
+    if queues:
+        queue, image_id = queues["text_queue"], queues["image_id_queue"]
+        texts = jnp.concatenate([texts, queue.reshape(-1, queue.shape[-1])])
+        there = jnp.concatenate([there, image_id.reshape(-1) != EMPTY])
+    logits = features.model.contrastive.logits(features.image_embedding, texts)
+    return jnp.where(there, logits, -1e30)
+
+
+def _waiting(queues: Mapping[str, Array], side: str) -> Side:
+    """What of one side waits in the queue, as candidates that are not of this batch."""
+    vectors, image_id = (jnp.swapaxes(queues[f"{name}_queue"], 0, 1) for name in (side, "image_id"))
+    image_id = image_id.reshape(-1)  # (rows of the batch first, so that devices keep theirs)
+    none = jnp.full_like(image_id, -1)
+    vectors = vectors.reshape(-1, vectors.shape[-1])
+    return Side(vectors, image_id, image_id != EMPTY, example=none, row=none)
 
 
 def momentum_nce(
@@ -122,11 +155,9 @@ def momentum_nce(
 
 
 def enqueue(
-    queue: Shaped[Array, "places ..."],
+    queue: Shaped[Array, "batches batch ..."],
     newest: Shaped[Array, "batch ..."],
     step: Int[Array, ""],
-) -> Shaped[Array, "places ..."]:
-    """The queue with the oldest batch replaced: the step says which of its places are next."""
-    rows = len(newest)
-    place = step % (len(queue) // rows) * rows
-    return jax.lax.dynamic_update_slice_in_dim(queue, newest, place, axis=0)
+) -> Shaped[Array, "batches batch ..."]:
+    """The queue with the oldest batch replaced: the step says which it is."""
+    return jax.lax.dynamic_update_index_in_dim(queue, newest, step % len(queue), axis=0)

@@ -48,12 +48,20 @@ class Objective:
     fields: ClassVar[tuple[str, ...]] = ()  # of the batch, beside picture and text
     # Whether it compares the examples of a batch, so that splitting the batch changes the loss.
     compares_examples: ClassVar[bool] = False
+    # Whether it does so by the embeddings of pictures and texts alone, which can be known before.
+    compares_embeddings: ClassVar[bool] = False
     needs_reference: ClassVar[bool] = False  # it learns from another model
 
     @property
     def needs_average(self) -> bool:
         """Whether it learns from the moving average of the parameters."""
         return False
+
+    def prepare(self, features: "Features", key: jax.Array) -> None:
+        """Ask the walks over the global batch (`features.walk`) for what the loss will need.
+
+        All objectives are prepared before the first is called, so that they share the walks.
+        """
 
     def __call__(self, features: "Features", key: jax.Array) -> Loss:
         """The loss of one batch; `key` draws what it leaves to chance, by example."""

@@ -9,11 +9,11 @@ from jaxtyping import Array, Bool, Float, Int, Key
 
 from mmjax.errors import InputError, near_misses
 from mmjax.models import Encoded, Fused
-from mmjax.objectives.contrastive import same_image
 from mmjax.objectives.features import Features
 from mmjax.objectives.loss import Loss, Sum, example_keys, purpose_key, weighted
-from mmjax.objectives.matching import loss_of_pairs, pair_gumbel, sample_negatives
+from mmjax.objectives.matching import draw_evenly, loss_of_pairs
 from mmjax.objectives.objective import Objective
+from mmjax.objectives.partners import fetch
 from mmjax.objectives.transport import transport_distance
 
 SIDES = ("text", "image")
@@ -53,9 +53,9 @@ class Pairing(Objective):
         image, text = features.image, features.text
         partner, labels, counted = draw_pairs(features, key)
         if self.replaces == "text":
-            text = text.take(partner)
+            text = fetch(text, partner)
         else:
-            image = image.take(partner)
+            image = fetch(image, partner)
         fused = features.fuse(image, text, "pairing")
         loss = loss_of_pairs("pairing", features.model.match(fused), labels, counted)
         if not self.transport:
@@ -93,9 +93,7 @@ def draw_pairs(
     valid = batch["valid"]
     keys = example_keys(purpose_key(key, "true pairs"), index)
     labels = jax.vmap(jax.random.bernoulli)(keys)
-    allowed = ~same_image(batch["image_id"]) & valid[None, :] & valid[:, None]
-    noise = pair_gumbel(purpose_key(key, "false pairs"), index, index)
-    other, found = sample_negatives(jnp.zeros_like(noise), allowed, noise)
+    other, found = draw_evenly(batch, purpose_key(key, "false pairs"))
     return jnp.where(labels, jnp.arange(len(other)), other), labels, valid & (labels | found)
 
 

@@ -9,9 +9,11 @@ from jaxtyping import Array, Bool, Float, Int
 
 from mmjax.objectives.contrastive import same_image
 from mmjax.objectives.features import Features
+from mmjax.objectives.folds import pair_gumbel
 from mmjax.objectives.loss import Loss, purpose_key, weighted
-from mmjax.objectives.matching import interleave, pair_gumbel
+from mmjax.objectives.matching import interleave
 from mmjax.objectives.objective import Objective
+from mmjax.objectives.partners import fetch
 
 
 def draw_partners(
@@ -106,8 +108,8 @@ def score_pairs(
 
     false_texts, texts_allowed = draw("false texts", texts)
     false_images, images_allowed = draw("false pictures", images)
-    other_texts = [text.take(rows) for rows in false_texts.T]
-    other_images = [image.take(rows) for rows in false_images.T]
+    other_texts = [fetch(text, rows) for rows in false_texts.T]
+    other_images = [fetch(image, rows) for rows in false_images.T]
     fused = features.fuse(
         interleave(image, *[image] * len(other_texts), *other_images),
         interleave(text, *other_texts, *[text] * len(other_images)),

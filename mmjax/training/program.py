@@ -10,6 +10,7 @@ import optax
 from absl import logging
 from flax import nnx
 from jax.sharding import Mesh
+from jax.stages import Lowered
 from ml_collections import ConfigDict
 
 from mmjax.config import model_config
@@ -75,14 +76,33 @@ class Program:
         memory = functools.partial(
             self.task.memory, abstract_model(self.model), self.config.batch_size
         )
-        ema = self.config.optimizer.ema_decay > 0
-        return StateConfig(self.model, self.optimizer, ema=ema, memory=memory)
+        options = self.config.optimizer
+        return StateConfig(
+            self.model,
+            self.optimizer,
+            ema=options.ema_decay > 0,
+            sharded=options.sharded,
+            memory=memory,
+        )
 
     def compile_step(self, state: TrainState, batch: Any) -> tuple[Callable[..., Any], float]:
-        """The compiled training step, and its model FLOPs (see `mmjax.training.flops`).
+        """The compiled training step, and its model FLOPs."""
+        start = time.perf_counter()
+        compiled = self.lower_step(state, batch).compile()
+        step_flops = self.step_flops(state, batch)
+        memory: Any = compiled.memory_analysis()
+        logging.info(
+            "Compiled in %.0f s: %.3g model TFLOPs a step; a device holds %.2f GiB of state and "
+            "batch and %.2f GiB of temporary memory.",
+            time.perf_counter() - start,
+            step_flops / 1e12,
+            memory.argument_size_in_bytes / 2**30,
+            memory.temp_size_in_bytes / 2**30,
+        )
+        return lambda state, batch: compiled(state, batch, self.reference), step_flops
 
-        State and batch may be abstract.
-        """
+    def lower_step(self, state: TrainState, batch: Any) -> Lowered:
+        """The training step for this state and batch, which may be abstract, to be compiled."""
         for name, objective in self.task.objectives.items():
             objective.check_batch(name, batch)
         optimizer = self.config.optimizer.to_dict()
@@ -94,27 +114,17 @@ class Program:
             bounds=optimizer["bounds"],
             accumulate=optimizer["accumulate"],
             ema_decay=optimizer["ema_decay"],
+            sharded=optimizer["sharded"],
         )
+        jitted = compile_train_step(step, state, self.mesh, self.reference)
+        return jitted.lower(state, batch, self.reference)
+
+    def step_flops(self, state: TrainState, batch: Any) -> float:
+        """Model FLOPs of a step (see `mmjax.training.flops`); state and batch may be abstract."""
         forward = make_eval_step(self.task, self.reference)
-        step_flops = flops.train_flops(
+        return flops.train_flops(
             lambda params: forward(nnx.merge(self.task.graph, params), batch), state.params
         )
-        start = time.perf_counter()
-        compiled = (
-            compile_train_step(step, state, self.mesh, self.reference)
-            .lower(state, batch, self.reference)
-            .compile()
-        )
-        memory = compiled.memory_analysis()
-        logging.info(
-            "Compiled in %.0f s: %.3g model TFLOPs a step; a device holds %.2f GiB of state and "
-            "batch and %.2f GiB of temporary memory.",
-            time.perf_counter() - start,
-            step_flops / 1e12,
-            memory.argument_size_in_bytes / 2**30,
-            memory.temp_size_in_bytes / 2**30,
-        )
-        return lambda state, batch: compiled(state, batch, self.reference), step_flops
 
     @property
     def assets(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The training state: all that a step needs from the one before it, and all that is saved."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -41,6 +41,9 @@ class StateConfig:
     model: Any
     optimizer: optax.GradientTransformation
     ema: bool = False
+    # Whether each device keeps a part of the optimizer's state and of the average alone, also where
+    # it keeps all parameters (ZeRO, stage 1).
+    sharded: bool = True
     memory: Callable[[], Memory] = dict  # at the start
 
 
@@ -67,7 +70,7 @@ def abstract_params(config: Any, mesh: Mesh) -> Parameters:
 
 def abstract_state(config: StateConfig, mesh: Mesh) -> TrainState:
     """The whole state's shapes, types and shardings."""
-    return _with_shardings(jax.eval_shape(_initialise(config)), mesh)
+    return _state_with_shardings(config, jax.eval_shape(_initialise(config)), mesh)
 
 
 def init_state(config: StateConfig, mesh: Mesh, *, seed: int) -> TrainState:
@@ -82,7 +85,7 @@ def state_from_params(config: StateConfig, params: Parameters, mesh: Mesh) -> Tr
         params, jax.tree.map(lambda x: x.sharding, _with_shardings(params, mesh))
     )
     build = _state_builder(config)
-    abstract = _with_shardings(jax.eval_shape(build, params), mesh)
+    abstract = _state_with_shardings(config, jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)
 
 
@@ -104,9 +107,17 @@ def _state_builder(config: StateConfig) -> Callable[[Parameters], TrainState]:
     return build
 
 
-def _with_shardings(tree: Any, mesh: Mesh) -> Any:
+def _state_with_shardings(config: StateConfig, state: TrainState, mesh: Mesh) -> TrainState:
+    laid_out = _with_shardings(state, mesh)
+    if not config.sharded:
+        return laid_out
+    apart = _with_shardings(state, mesh, over_data=True)
+    return replace(laid_out, opt_state=apart.opt_state, ema=apart.ema)
+
+
+def _with_shardings(tree: Any, mesh: Mesh, over_data: bool = False) -> Any:
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
-        tree_shardings(tree, mesh),
+        tree_shardings(tree, mesh, over_data=over_data),
     )

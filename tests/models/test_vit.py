@@ -215,7 +215,7 @@ def test_attention_agrees_with_the_paper(implementation, mask):
     np.testing.assert_allclose(np.einsum("bhqk,bkhd->bqhd", weights, value), expected, atol=2e-6)
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "head_major"])
+@pytest.mark.parametrize("implementation", ["einsum", "sliced", "head_major"])
 def test_attention_gradients(implementation):
     query, key, value = attention_inputs()
     mask = MASKS["keys"]
@@ -244,7 +244,7 @@ def test_attention_gradients(implementation):
         )
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "head_major"])
+@pytest.mark.parametrize("implementation", ["einsum", "sliced", "head_major"])
 def test_rows_without_a_key_stay_finite(implementation):
     query, key, value = attention_inputs()
     mask = jnp.asarray([True, False])[:, None, None] & jnp.ones((1, 1, 7), bool)
@@ -255,7 +255,7 @@ def test_rows_without_a_key_stay_finite(implementation):
     assert all(np.isfinite(gradient).all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("implementation", ["einsum", "head_major"])
+@pytest.mark.parametrize("implementation", ["einsum", "sliced", "head_major"])
 def test_attention_in_half_precision_keeps_large_scores_apart(implementation):
     query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in attention_inputs())
     query = query * 8
@@ -269,7 +269,7 @@ def test_an_unknown_implementation_is_named():
     query, key, value = attention_inputs()
     with pytest.raises(InputError, match=r"'headmajor' is unknown.*head_major"):
         attention(query, key, value, None, "headmajor")
-    assert set(IMPLEMENTATIONS) == {"einsum", "head_major", "cudnn"}
+    assert set(IMPLEMENTATIONS) == {"einsum", "sliced", "head_major", "fused", "cudnn"}
 
 
 # ---- position embeddings

@@ -58,7 +58,7 @@ class FakeContrastiveHead:
     """Takes vectors as they are."""
 
     def __init__(self, scale: Any, bias: Any):
-        self.scale, self.bias = jnp.asarray(scale, jnp.float32), bias
+        self.scale, self.offset = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
 
     def image(self, vectors):
         return vectors
@@ -67,7 +67,7 @@ class FakeContrastiveHead:
         return vectors
 
     def logits(self, images, texts):
-        return self.scale * images @ texts.T + self.bias
+        return self.scale * images @ texts.T + self.offset
 
 
 def encoded(x: jax.Array, mask: jax.Array | None = None) -> Encoded:
@@ -89,6 +89,15 @@ def batch_of(rows: int, **fields: Any) -> dict[str, jax.Array]:
 def unit_vectors(*shape: int, seed: int = 0) -> np.ndarray:
     x = np.random.default_rng(seed).normal(size=shape)
     return (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def negative_probabilities(
+    logits: np.ndarray, allowed: np.ndarray, evenly: float = 0.0
+) -> np.ndarray:
+    """What a negative of each row is drawn by: softmax over the allowed ones, or evenly."""
+    hard = np.where(allowed, np.exp(np.float64(logits)), 0)
+    even = allowed / allowed.sum(axis=1, keepdims=True).clip(1)
+    return (1 - evenly) * hard / hard.sum(axis=1, keepdims=True).clip(1e-300) + evenly * even
 
 
 def loss_on(devices: int, objective: Objective, batch: dict[str, jax.Array], scale: float) -> Any:

@@ -54,7 +54,9 @@ class Lesson:
 
         def losses_of(student, teacher, batch):
             model, reference = nnx.merge(graph, student), nnx.merge(graph, teacher)
-            losses = task.losses(model, batch, jax.random.key(5), reference=reference)
+            losses = task.losses(
+                task.features(model, batch, jax.random.key(5), reference=reference)
+            )
             mean = sum(loss.total / jnp.maximum(loss.weight, 1) for loss in losses.values())
             return mean, {name: (x.total, x.weight, x.metrics) for name, x in losses.items()}
 

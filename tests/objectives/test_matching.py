@@ -7,12 +7,10 @@ import pytest
 
 from mmjax.errors import InputError
 from mmjax.objectives import Features
+from mmjax.objectives.folds import pair_gumbel
 from mmjax.objectives.matching import (
     Matching,
     matching_loss,
-    negative_probabilities,
-    pair_gumbel,
-    sample_negatives,
 )
 from tests.objectives.fakes import FakeModel, batch_of
 
@@ -141,26 +139,6 @@ def test_negatives_belong_to_examples_not_to_rows():
     )
 
 
-def test_negatives_are_drawn_from_the_softmax():
-    """Pearson's chi-squared of 20,000 draws a row; both directions, fixed seed."""
-    logits = np.array([[0.0, 1, 2, -1, 0.5, 9], [3, 0, 0, 0, 1, 9]], np.float32)
-    allowed = np.array([[True, True, True, True, True, False], [True] * 5 + [False]])
-    rows, columns, draws = jnp.array([7, 123456]), jnp.array([3, 1, 4, 100, 5, 9]), 20_000
-
-    def draw(key):
-        noise = pair_gumbel(key, rows, columns)
-        return sample_negatives(jnp.asarray(logits), jnp.asarray(allowed), noise)[0]
-
-    drawn = np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(jax.random.key(0), draws)))
-    for row in range(2):
-        p = np.where(allowed[row], np.exp(logits[row]), 0)
-        expected = draws * p / p.sum()
-        found = np.bincount(drawn[:, row], minlength=6)
-        assert found[5] == 0
-        statistic = ((found - expected)[:5] ** 2 / expected[:5]).sum()
-        assert statistic < 23.5  # the 0.9999 quantile for 4 degrees of freedom
-
-
 def test_the_noise_of_a_pair_is_gumbel_and_its_own():
     noise = np.asarray(pair_gumbel(jax.random.key(0), jnp.arange(300), jnp.arange(400)))
     np.testing.assert_allclose(noise.mean(), 0.5772, atol=0.02)
@@ -201,22 +179,6 @@ def test_the_gradient_of_the_scores():
     gradient = jax.grad(lambda x: matching_loss(x, labels).sum())(logits)
     target = np.stack([~np.asarray(labels), np.asarray(labels)], axis=1)
     np.testing.assert_allclose(gradient, jax.nn.softmax(logits) - target, atol=1e-6)
-
-
-@pytest.mark.parametrize("smoothing", [0.0, 0.3, 1.0])
-def test_a_share_of_the_negatives_is_drawn_evenly(smoothing):
-    """A mixture of two draws, row by row over what is allowed; a row may allow nothing."""
-    rng = np.random.default_rng(0)
-    logits = 4 * rng.normal(size=(5, 6)).astype(np.float32)
-    allowed = rng.random((5, 6)) < 0.7
-    allowed[3], allowed[4] = False, np.arange(6) == 2
-    found = negative_probabilities(jnp.asarray(logits), jnp.asarray(allowed), smoothing)
-    for row, kept, probabilities in zip(logits, allowed, found, strict=True):
-        assert not probabilities[~kept].any()
-        if kept.any():
-            hard = np.exp(row[kept].astype(np.float64))
-            expected = (1 - smoothing) * hard / hard.sum() + smoothing / kept.sum()
-            np.testing.assert_allclose(probabilities[kept], expected, rtol=1e-5)
 
 
 def test_all_drawn_evenly_is_random():

@@ -15,6 +15,7 @@ from mmjax.objectives.matching import Matching
 from mmjax.objectives.momentum import EMPTY, MomentumContrastive, enqueue, momentum_nce
 from mmjax.sharding import make_mesh
 from tests.models.reference import assert_close
+from tests.objectives.fakes import FakeModel, batch_of
 from tests.training.test_step import Run, one_device
 
 KEY = jax.random.key(0)
@@ -78,18 +79,19 @@ def test_the_gradient_is_probability_less_target():
 def test_the_queue_holds_the_last_batches():
     """Written as a list from which the oldest are dropped."""
     rng = np.random.default_rng(0)
-    queue, fifo = jnp.full((PLACES, 2), -1.0), []
+    queue, fifo = jnp.full((PLACES // ROWS, ROWS, 2), -1.0), []
     for step in range(8):
         newest = rng.normal(size=(ROWS, 2)).astype(np.float32)
         queue = enqueue(queue, jnp.asarray(newest), jnp.asarray(step))
         fifo = [*fifo, *newest][-PLACES:]
-        held = np.asarray(queue)
+        held = np.asarray(queue).reshape(PLACES, 2)
         missing = PLACES - len(fifo)
         assert (held == -1).all(axis=1).sum() == missing
         found = held[(held != -1).all(axis=1)]
         np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(fifo, axis=0))
     # The step times the rows would be more than an int32 holds.
-    late = np.asarray(enqueue(queue, jnp.asarray(-newest), jnp.asarray(2**31 - 1, jnp.int32)))
+    late = enqueue(queue, jnp.asarray(-newest), jnp.asarray(2**31 - 1, jnp.int32))
+    late = np.asarray(late).reshape(PLACES, 2)
     np.testing.assert_array_equal(late[4:8], -newest)
     np.testing.assert_array_equal(np.delete(late, np.s_[4:8], 0), np.delete(held, np.s_[4:8], 0))
 
@@ -100,21 +102,19 @@ def encodings(seed, rows=ROWS):
 
 
 def features_of(arrays, image_id, valid, memory=None, step=0, average=True):
-    given = object.__new__(Features)
-    head = SimpleNamespace(
-        scale=jnp.asarray(SCALE), width=WIDTH, logits=lambda a, b: SCALE * a @ b.T
-    )
-    given.model = SimpleNamespace(contrastive=head)
-    given.batch = {"image_id": jnp.asarray(image_id), "valid": jnp.asarray(valid)}
+    model = FakeModel(SCALE)
+    model.contrastive.width = WIDTH
     image, text, *others = map(jnp.asarray, arrays)
-    given.__dict__.update(image_embedding=image, text_embedding=text)
-    given.memory = {} if memory is None else {"momentum_contrastive": memory}
-    given.step = jnp.asarray(step) if average else None
-    given.average = (
-        SimpleNamespace(image_embedding=others[0], text_embedding=others[1]) if average else None
+    given = Features(
+        model,
+        batch_of(len(image_id), image_id=np.array(image_id), valid=np.array(valid)),
+        step=jnp.asarray(step) if average else None,
+        memory={} if memory is None else {"momentum_contrastive": memory},
+        average=model if average else None,
     )
-    # The similarities of the batch itself, for a comparison with the plain loss.
-    given.__dict__["similarity_logits"] = SCALE * image @ text.T
+    vars(given).update(image_embedding=image, text_embedding=text)
+    if average:
+        vars(given.average).update(image_embedding=others[0], text_embedding=others[1])
     return given
 
 
@@ -167,7 +167,7 @@ def test_five_steps_agree_with_the_paper():
     filled = [loss.metrics["momentum_contrastive/queue_filled"] for loss in losses]
     assert [int(count) for count, _ in filled] == [0, 4, 8, 12, 12]
     assert all(size == PLACES for _, size in filled)
-    np.testing.assert_array_equal(losses[-1].memory["image_id_queue"], IMAGE_ID[[3, 4, 2]].ravel())
+    np.testing.assert_array_equal(losses[-1].memory["image_id_queue"], IMAGE_ID[[3, 4, 2]])
 
 
 def test_invalid_rows_count_nowhere():
@@ -186,7 +186,7 @@ def test_invalid_rows_count_nowhere():
     # (three steps: until then no place has been written twice)
     for loss, expected in zip(losses[:4], expected_run(valid)[:4], strict=True):
         np.testing.assert_allclose(loss.total / loss.weight, expected, rtol=1e-5)
-    assert (np.asarray(losses[1].memory["image_id_queue"][:6]) == EMPTY).sum() == 3
+    assert (np.asarray(losses[1].memory["image_id_queue"]).ravel()[:6] == EMPTY).sum() == 3
 
 
 def test_evaluation_is_the_plain_loss():
@@ -205,9 +205,9 @@ def test_the_accuracy_is_among_all_candidates():
     """Each picture is nearest to its own text, or to one in the queue."""
     texts = np.eye(WIDTH, dtype=np.float32)[:ROWS]
     memory = {
-        "image_queue": jnp.zeros((4, WIDTH)),
-        "text_queue": jnp.asarray(2 * texts),
-        "image_id_queue": jnp.asarray([3, 8, EMPTY, EMPTY]),
+        "image_queue": jnp.zeros((1, 4, WIDTH)),
+        "text_queue": jnp.asarray(2 * texts)[None],
+        "image_id_queue": jnp.asarray([[3, 8, EMPTY, EMPTY]]),
     }
     features = features_of([texts] * 4, [3, 7, 5, 9], [True] * 4, memory)
     loss = MomentumContrastive(**OPTIONS)(features, KEY)

@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 
 from mmjax.models import ViT, ViTConfig
+from mmjax.objectives.folds import InfoNce
+from mmjax.objectives.walk import walk
 from mmjax.training import flops
 from mmjax.training.flops import forward_flops, train_flops, utilisation
+from tests.objectives.test_walk import arguments, on_devices
 
 
 def vit_flops(config):
@@ -55,6 +58,8 @@ def test_products_of_every_kind():
         7 * product
     )
     assert forward_flops(jax.checkpoint(lambda a, b: a @ b), a, b) == product
+    unused = forward_flops(lambda a, b: ((a @ b) @ b.T, a)[1], a, b)
+    assert unused == 0
     branches = (lambda a, b: a @ b, lambda a, b: (a @ b) @ b.T @ b)
     assert forward_flops(lambda i, a, b: jax.lax.switch(i, branches, a, b), 0, a, b) == 3 * product
 
@@ -75,3 +80,20 @@ def test_utilisation_needs_a_known_device(monkeypatch):
     assert utilisation(1e12, 1.0) is None  # a CPU
     monkeypatch.setitem(flops.PEAK_FLOPS, jax.devices()[0].device_kind, 1e12)
     np.testing.assert_allclose(utilisation(4e12, 2.0), 4e12 / 2 / (8 * 1e12))
+
+
+@pytest.mark.parametrize("devices", [None, (1,), (8, 2), (8, 2, 2)], ids=str)
+def test_a_walk_over_the_global_batch_counts_its_pairs(devices):
+    """On any mesh: every picture with every text, once."""
+    scale, rows, (texts, _) = arguments()
+
+    def count():
+        return forward_flops(lambda rows: walk(scale, rows, (texts,), (InfoNce(),)), rows)
+
+    if devices is None:
+        found = count()
+    else:
+        with on_devices(*devices):
+            found = count()
+    size, width = rows.vectors.shape
+    assert found == 2 * size * size * width

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import contextmanager
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,10 @@ from jax.sharding import AxisType
 from mmjax.errors import InputError
 from mmjax.objectives import Masking, Task
 from mmjax.objectives.answering import Answering
-from mmjax.objectives.contrastive import Contrastive
+from mmjax.objectives.contrastive import Contrastive, SigmoidContrastive
 from mmjax.objectives.masked_language import MaskedLanguage
 from mmjax.objectives.matching import Matching
+from mmjax.objectives.momentum import MomentumContrastive
 from mmjax.rules import leaf_paths
 from mmjax.sharding import make_mesh, to_device, tree_shardings
 from mmjax.training.optimizer import learning_rates, make_optimizer
@@ -84,6 +86,7 @@ class Run:
         ema_decay=0.0,
         rates=None,
         accumulate=1,
+        sharded=True,
     ):
         self.mesh, params = mesh, params_of(model)
         optimizer = optimizer or recording_sgd()
@@ -94,12 +97,14 @@ class Run:
             rates=jax.tree.map(lambda _: 1.0, params) if rates is None else rates,
             accumulate=accumulate,
             ema_decay=ema_decay,
+            sharded=sharded,
         )
         with jax.set_mesh(mesh):
             contents = StateConfig(
                 model,
                 optimizer,
                 ema=ema_decay > 0,
+                sharded=sharded,
                 memory=lambda: task_of(model, objectives).memory(abstract_model(model), ROWS),
             )
             self.start = state_from_params(contents, params, mesh)
@@ -141,38 +146,49 @@ def compiled_afresh():
 
 
 @pytest.mark.parametrize(
-    "axes",
-    [{"data": 8}, {"data": 4, "fsdp": 2}, {"data": 2, "fsdp": 2, "tensor": 2}],
-    ids=["data8", "data4_fsdp2", "data2_fsdp2_tensor2"],
+    ("axes", "sharded"),
+    [
+        ({"data": 8}, True),
+        ({"data": 8}, False),
+        ({"data": 4, "fsdp": 2}, True),
+        ({"data": 2, "fsdp": 2, "tensor": 2}, True),
+    ],
+    ids=["zero1", "data8", "data4_fsdp2", "data2_fsdp2_tensor2"],
 )
-def test_eight_devices_compute_what_one_does(axes, alone, capfd):
+def test_eight_devices_compute_what_one_does(axes, sharded, alone, capfd):
     with compiled_afresh():
-        run = Run(make_mesh(**axes), ema_decay=0.75)
+        run = Run(make_mesh(**axes), ema_decay=0.75, sharded=sharded)
     assert "Involuntary full rematerialization" not in capfd.readouterr().err
     for (state, metrics), (expected, expected_metrics) in zip(run.steps(3), alone[1], strict=True):
         assert_close(metrics, expected_metrics)
         assert_close(state.opt_state[0], expected.opt_state[0])  # the recorded gradients
         assert_close(state.params, expected.params)
         assert_close(state.ema, expected.ema)
-    _assert_laid_out_by_the_rules(run)
+    _assert_laid_out_by_the_rules(run, sharded)
     _assert_activations_are_split(run)
 
 
-def _assert_laid_out_by_the_rules(run):
+def _assert_laid_out_by_the_rules(run, sharded):
+    """Parameters by the rules; moments and average over the data axis as well, if `sharded`."""
     layout = tree_shardings(run.start, run.mesh)
+    apart = tree_shardings(run.start, run.mesh, over_data=sharded)
+    layout = replace(layout, opt_state=apart.opt_state, ema=apart.ema)
     pairs = zip(jax.tree.leaves(run.last), jax.tree.leaves(layout), strict=True)
     assert all(leaf.sharding.is_equivalent_to(sharding, leaf.ndim) for leaf, sharding in pairs)
     up = run.last.params["image"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
     ways = run.mesh.shape
     assert up.shape == (2, 32, 64)
     assert up.addressable_shards[0].data.shape == (2, 32 // ways["fsdp"], 64 // ways["tensor"])
+    average = run.last.ema["image"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
+    parts = run.mesh.size if sharded else ways["fsdp"] * ways["tensor"]
+    assert average.addressable_shards[0].data.size == up.size // parts
 
 
 def _assert_activations_are_split(run):
     """No device computes the hidden units, heads or words of the whole batch."""
     shapes = set(re.findall(r"f32\[([\d,]+)\]", run.compiled.as_text()))
     whole = {s for s in shapes if re.fullmatch(rf"({ROWS}|{3 * ROWS}),(10|11),(32|64|40|4,\d+)", s)}
-    # Hard negatives are drawn from everywhere, so the tokens to fuse are gathered: nothing more.
+    # (On a CPU partners travel through everybody's hands, and so do their tokens.)
     assert whole <= {f"{ROWS},10,32", f"{ROWS},11,32"}
 
 
@@ -200,24 +216,50 @@ def test_metrics_and_average(alone):
     assert_close(seen[0][0].params, first, 1e-6)
 
 
-def test_slices_add_up_to_the_whole_batch():
-    """Also where the slices are walked by eight devices and the whole batch by one."""
+SLICED = {
+    "questions": (ANSWERING, QUESTIONS, 0.0),
+    "contrastive": (
+        MODEL,
+        {
+            "contrastive": Contrastive(weight=1.0, smoothing=0.1),
+            "sigmoid_contrastive": SigmoidContrastive(weight=0.1),
+            "masked_language": MaskedLanguage(weight=1.0),
+        },
+        0.0,
+    ),
+    "contrastive_alone": (MODEL, {"contrastive": Contrastive(weight=1.0)}, 0.0),
+    "momentum": (
+        MODEL,
+        {
+            "momentum_contrastive": MomentumContrastive(weight=1.0, queue_size=2 * ROWS),
+            "masked_language": MaskedLanguage(weight=1.0, distill=0.4),
+        },
+        0.75,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SLICED)
+def test_slices_add_up_to_the_whole_batch(case):
+    """Also where the slices are walked by four devices and the whole batch by one."""
+    model, objectives, ema_decay = SLICED[case]
     runs = [
-        Run(mesh, model=ANSWERING, objectives=QUESTIONS, accumulate=accumulate)
+        Run(mesh, model=model, objectives=objectives, accumulate=accumulate, ema_decay=ema_decay)
         for mesh, accumulate in ((one_device(), 1), (make_mesh(data=2, fsdp=2, tensor=2), 2))
     ]
     (whole, whole_metrics), (sliced, sliced_metrics) = (run.steps(2)[-1] for run in runs)
     for metrics in (sliced_metrics, whole_metrics):
         # (the most frequent word of a slice is not that of the batch)
-        del metrics["masked_language/unigram_accuracy"]
+        metrics.pop("masked_language/unigram_accuracy", None)
     assert_close(sliced_metrics, whole_metrics)
     assert_close(sliced.opt_state[0], whole.opt_state[0])
     assert_close(sliced.params, whole.params)
+    assert_close(sliced.memory, whole.memory)
 
 
-def test_slices_are_refused_where_examples_are_compared():
+def test_slices_are_refused_where_tokens_of_examples_are_compared():
     rates = jax.tree.map(lambda _: 1.0, params_of(MODEL))
-    with pytest.raises(InputError, match=r"contrastive and matching .* fewer negatives"):
+    with pytest.raises(InputError, match=r"= 4: matching compare .* fewer negatives"):
         make_train_step(
             task_of(MODEL, PRETRAINING), optax.sgd(1), seed=0, rates=rates, accumulate=4
         )
@@ -262,7 +304,8 @@ def test_a_state_is_born_sharded_and_depends_on_the_seed_alone():
     table = eight.params["text"]["embeddings"]["token_embedding"]["embedding"]
     moments = eight.opt_state[0].mu["text"]["embeddings"]["token_embedding"]["embedding"]
     average = eight.ema["text"]["embeddings"]["token_embedding"]["embedding"]
-    for array in (table, moments, average):
-        assert array.addressable_shards[0].data.shape == (40 // 2, 32 // 2)
+    assert table.addressable_shards[0].data.shape == (40 // 2, 32 // 2)
+    for array in (moments, average):
+        assert array.addressable_shards[0].data.shape == (40 // 4, 32 // 2)
     kernel = eight.params["text"]["blocks"]["layers"]["mlp"]["up"]["kernel"]
     assert not np.array_equal(kernel[0], kernel[1])  # layers differ

@@ -16,9 +16,9 @@ from mmjax.objectives.matching import (
     Negatives,
     match_triples,
     matching_loss,
-    negative_probabilities,
 )
 from mmjax.objectives.momentum import MomentumContrastive, momentum_nce
+from tests.objectives.fakes import negative_probabilities
 from tests.weights.families.recorded import OUTPUTS, Recorded, assert_close, original_names
 
 KEY = jax.random.key(0)  # of objectives that leave nothing to chance
@@ -77,12 +77,13 @@ def averaged(model: Model, momentum_model: Model, momentum: float) -> Model:
 
 def queues_of(recorded: Recorded) -> dict[str, dict[str, jax.Array]]:
     """The memory before the step. What the queue held at first is negative there."""
-    size = recorded.config["queue_size"]
+    size, rows = recorded.config["queue_size"], len(recorded["in/image"])
     others = 1000 + np.arange(size)
     image_id = recorded.arrays.get("w/idx_queue", np.full(size, -100)).reshape(-1)
     queues = {name: jnp.asarray(recorded[f"w/{name}"].T) for name in ("image_queue", "text_queue")}
     queues["image_id_queue"] = jnp.asarray(np.where(image_id < 0, others, image_id), jnp.int32)
-    return {"momentum_contrastive": queues}
+    batches = {name: x.reshape(-1, rows, *x.shape[1:]) for name, x in queues.items()}
+    return {"momentum_contrastive": batches}
 
 
 def training_features(model: Any, teacher: Any, recorded: Recorded, **fields: Any) -> Features:
@@ -155,7 +156,7 @@ def check_functions(recorded: Recorded, variant: str, alpha: float, added: float
     `added` is what the original adds to the probability of every negative.
     """
     out = recorded.under(f"out/{variant}/")
-    ids = queues_of(recorded)["momentum_contrastive"]["image_id_queue"]
+    ids = queues_of(recorded)["momentum_contrastive"]["image_id_queue"].reshape(-1)
     own = recorded.arrays.get("in/idx", np.arange(len(recorded["in/image"])))
     everything = jnp.asarray(np.concatenate([own, ids]))
     positives, there = jnp.asarray(own)[:, None] == everything, everything >= 0
@@ -166,7 +167,7 @@ def check_functions(recorded: Recorded, variant: str, alpha: float, added: float
         others = ~positives[:, : len(own)]
         # The originals' do not sum to 1.
         drawn = np.where(others, out[f"weights_{way}"] - added, 0)
-        found = negative_probabilities(logits[:, : len(own)], others)
+        found = negative_probabilities(np.asarray(logits[:, : len(own)]), np.asarray(others))
         assert_close(found, drawn / drawn.sum(axis=1, keepdims=True), OUTPUTS, way)
     labels = jnp.asarray(out["itm_labels"], bool)
     losses = matching_loss(jnp.asarray(out["vl_output"]), labels)
@@ -176,10 +177,10 @@ def check_functions(recorded: Recorded, variant: str, alpha: float, added: float
 def check_after(recorded: Recorded, teacher: Model, memory: dict[str, jax.Array]) -> None:
     """The average and the queues after the step."""
     for name in ("image_queue", "text_queue"):
-        recorded.check(f"after/{name}", memory[name].T)
+        recorded.check(f"after/{name}", memory[name].reshape(-1, memory[name].shape[-1]).T)
     if "after/idx_queue" in recorded.arrays.files:
         image_id = recorded["after/idx_queue"].reshape(-1)
-        found = np.asarray(memory["image_id_queue"])
+        found = np.asarray(memory["image_id_queue"]).reshape(-1)
         np.testing.assert_array_equal(found[image_id >= 0], image_id[image_id >= 0])
         assert (found[image_id < 0] >= 1000).all()
     check_average(recorded, teacher)

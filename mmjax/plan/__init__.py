@@ -1,0 +1,1 @@
+"""What a run costs on a TPU pod and whether it fits, from the compiler alone: `docs/plan.md`."""

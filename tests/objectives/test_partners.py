@@ -1,0 +1,45 @@
+"""Rows that travel between devices: what arrives is what indexing picks, and so is the gradient."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mmjax.objectives.partners import fetch
+from tests.objectives.test_walk import on_devices
+
+ROWS = 24
+RANDOM = np.random.default_rng(0)
+REQUESTS = {
+    "anyone": RANDOM.integers(0, ROWS, ROWS),
+    "everyone_the_same": np.full(ROWS, 17),  # (more than a round carries from one device)
+    "one_popular_device": RANDOM.integers(3, 6, ROWS),
+    "oneself": np.arange(ROWS),
+    "backwards": np.arange(ROWS)[::-1].copy(),
+}
+
+
+@pytest.mark.parametrize("axes", [(1,), (8, 2), (8, 2, 2)], ids=str)
+@pytest.mark.parametrize("case", REQUESTS)
+def test_what_arrives_is_what_was_asked_for(case, axes):
+    rows = jnp.asarray(REQUESTS[case])
+    tree = {
+        "tokens": jnp.asarray(RANDOM.normal(size=(ROWS, 3, 4)), jnp.float32),
+        "half": jnp.arange(ROWS, dtype=jnp.bfloat16),
+        "mask": jnp.asarray(RANDOM.integers(0, 2, (ROWS, 3)) > 0),
+        "none": None,
+    }
+    weights = jnp.asarray(RANDOM.normal(size=(ROWS, 3, 4)), jnp.float32)
+
+    def run(tree, rows):
+        _, back = jax.vjp(lambda x: fetch(tree | {"tokens": x}, rows)["tokens"], tree["tokens"])
+        return fetch(tree, rows), back(weights)[0]
+
+    with on_devices(*axes):
+        found, gradient = jax.jit(run)(tree, rows)
+    for name in ("tokens", "half", "mask"):
+        np.testing.assert_array_equal(found[name], tree[name][rows])
+        assert found[name].dtype == tree[name].dtype
+    expected = np.zeros((ROWS, 3, 4))
+    np.add.at(expected, REQUESTS[case], np.float64(weights))
+    np.testing.assert_allclose(gradient, expected, rtol=1e-5, atol=1e-6)
