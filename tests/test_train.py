@@ -170,7 +170,7 @@ def test_bad_settings_say_what_to_do(tiny_config, tmp_path, key, value, message)
 
 def test_accumulation_is_refused_where_examples_are_compared(tiny_config, tmp_path):
     tiny_config.optimizer.accumulate, tiny_config.batch_size = 2, 16
-    with pytest.raises(InputError, match="contrastive and matching compare every example"):
+    with pytest.raises(InputError, match="matching compare every example"):
         train.train(tiny_config, tmp_path / "run")
 
 

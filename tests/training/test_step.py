@@ -239,7 +239,13 @@ SLICED = {
 }
 
 
-@pytest.mark.parametrize("case", SLICED)
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=() if case == "contrastive" else pytest.mark.slow)
+        for case in SLICED
+    ],
+)
 def test_slices_add_up_to_the_whole_batch(case):
     """Also where the slices are walked by four devices and the whole batch by one."""
     model, objectives, ema_decay = SLICED[case]
@@ -268,6 +274,7 @@ def test_slices_are_refused_where_tokens_of_examples_are_compared():
 def test_frozen_parameters_stay_and_have_no_moments():
     config = {
         "name": "adamw", "learning_rate": 0.01, "b1": 0.9, "b2": 0.99, "epsilon": 1e-8,
+        "first_moment": "float32",
         "weight_decay": 0.1, "clip_norm": 1.0, "rates": (("image/.*", 0.0),), "decays": (),
         "bounds": (),
         "schedule": {"kind": "constant", "warmup_steps": 0, "cooldown_steps": 0, "end_fraction": 0},
