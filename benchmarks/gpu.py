@@ -86,6 +86,7 @@ def series(
     model: str, attention: str, remat: str, options: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """A row a batch size, in a process of its own: an allocator's peak and failures end with it."""
+    os.environ.setdefault("CUDA_VISIBLE_DEVICES", "0")  # one of several
     # All of the memory but what CUDA's own libraries take; by default jax leaves a quarter.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     context = multiprocessing.get_context("spawn")
@@ -142,7 +143,7 @@ def measure(
     from mmjax.training.state import init_state
 
     config = _config(model, attention, remat, batch_size, tiny=options.tiny)
-    program, abstract_batch = assemble(config, make_mesh(data=1))
+    program, abstract_batch = assemble(config, make_mesh())
     with jax.set_mesh(program.mesh):
         state = init_state(program.contents, program.mesh, seed=config.seed)
         batch = to_device(noise(program, abstract_batch), program.mesh)

@@ -16,7 +16,8 @@ def call(name, *arguments, **environment):
     return subprocess.run(
         [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_PLATFORMS": "cpu", **environment},
+        # One device: the tests' own flags show jax eight.
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment},
         capture_output=True,
         text=True,
         timeout=600,
