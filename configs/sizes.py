@@ -53,6 +53,7 @@ def _shrink(part: ConfigDict) -> None:
         "dropout": 0.0,
         "dtype": "float32",
         "remat": "none",
+        "unroll": False,
     }
     part.update({name: value for name, value in small.items() if part.get(name)})
 

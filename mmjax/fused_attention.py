@@ -5,17 +5,16 @@ tokens. The kernels themselves are in `mmjax.fused_attention_kernels`.
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mmjax import platform
 from mmjax.errors import InputError
 from mmjax.fused_attention_kernels import LANES, MASKED, attend, attend_backward
-from mmjax.sharding import BATCH_AXES
+from mmjax.remat import named
+from mmjax.sharding import HEADS_SPLIT, MASK_SPLIT, per_device
 
 
 def fused_attention(
@@ -46,20 +45,7 @@ def fused_attention(
         query = jnp.where(nowhere[..., None], 0, query)
         mask = mask | nowhere
     here = functools.partial(_attend_here, interpret)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.auto_axes:
-        return here(query, key, value, mask)
-    # XLA's partitioner cannot look into a kernel.
-    rows = _dividing(BATCH_AXES, query.shape[0], mesh)
-    spec = PartitionSpec(rows, None, _dividing(("tensor",), query.shape[2], mesh))
-    mask_spec = PartitionSpec(rows if mask is not None and len(mask) > 1 else None)
-    return jax.shard_map(
-        here,
-        in_specs=(spec, spec, spec, mask_spec),
-        out_specs=spec,
-        axis_names=set(mesh.auto_axes),
-        check_vma=False,
-    )(query, key, value, mask)
+    return per_device(here, [query, key, value, mask], [HEADS_SPLIT] * 3 + [MASK_SPLIT])
 
 
 def _check(query, mask, interpret):
@@ -82,12 +68,6 @@ def _check(query, mask, interpret):
         )
 
 
-def _dividing(axes, size, mesh):
-    """Those of the axes that are the partitioner's, or None where they do not divide `size`."""
-    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
-
-
 def _attend_here(interpret, query, key, value, mask):
     """Without regard to other devices."""
     bias = None if mask is None else jnp.where(mask, 0.0, MASKED)
@@ -105,7 +85,7 @@ def _attention(heads, interpret, query, key, value, bias):
 
 def _forward(heads, interpret, query, key, value, bias):
     output, log_sums = attend(query, key, value, bias, heads=heads, interpret=interpret)
-    return output, (query, key, value, bias, log_sums)
+    return output, (query, key, value, bias, named("statistics", log_sums))
 
 
 def _backward(heads, interpret, residuals, gradient):

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmjax.attention import attention, attention_scores, attention_weights
 from mmjax.attention_maps import SelfAttention, note_last_layer, note_self_attention
 from mmjax.errors import InputError, near_misses
-from mmjax.layouts import rows_first
+from mmjax.layouts import matrix, rows_first
 from mmjax.normalisation import layer_norm
 from mmjax.remat import REMAT_POLICIES, named
 from mmjax.sharding import constrain_batch
@@ -104,11 +104,14 @@ class Linear(nnx.LinearGeneral):
         self, x: Float[Array, "..."]
     ) -> Float[Array, "..."]:
         """Map the last axes, as many as the layer was made for."""
-        kernel = self.kernel[...].astype(self.dtype)
-        y = jnp.tensordot(x.astype(self.dtype), kernel, axes=len(self.axis))
-        if self.bias is None:
-            return y
-        return (y.astype(jnp.float32) + self.bias[...]).astype(self.dtype)
+        kernel, axes = self.kernel[...].astype(self.dtype), len(self.axis)
+        rows, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
+        # A product of matrices, however many axes the kernel has.
+        x, kernel = x.astype(self.dtype).reshape(*rows, -1), matrix(kernel, axes)
+        y = x @ kernel
+        if self.bias is not None:
+            y = (y.astype(jnp.float32) + matrix(self.bias[...], 0)).astype(self.dtype)
+        return y.reshape(*rows, *outputs)
 
 
 def linear(
@@ -194,7 +197,8 @@ class Attention(nnx.Module):
     def keys_values(self, context: Float[Array, "batch keys context_width"]) -> KeysValues:
         """What of a context is looked at, for `attend`."""
         return KeysValues(
-            named("projected", self.key(context)), named("projected", self.value(context))
+            named("projected", self.key(context), joined=True),
+            named("projected", self.value(context), joined=True),
         )
 
     def attend(
@@ -205,9 +209,9 @@ class Attention(nnx.Module):
         bias: Float[Array, "_ heads queries keys"] | None = None,
     ) -> Float[Array, "batch queries width"]:
         """The same call, over keys and values that are there already."""
-        query = named("projected", self.query(x))
+        query = named("projected", self.query(x), joined=True)
         heads = attention(query, memory.key, memory.value, mask, self.implementation, bias)
-        return named("attended", self.out(named("heads", heads)))
+        return named("attended", self.out(named("heads", heads, joined=True)))
 
     def weights(
         self,

@@ -1,9 +1,12 @@
 """In which order the axes of an activation lie in a TPU's memory, where XLA chooses badly."""
 
+import math
+
 import jax
 from jax.experimental.layout import Layout, with_layout_constraint
 
 from mmjax import platform
+from mmjax.sharding import BATCH_AXES, per_device
 
 
 def rows_first(x: jax.Array) -> jax.Array:
@@ -12,15 +15,32 @@ def rows_first(x: jax.Array) -> jax.Array:
     XLA likes to put tokens before rows, which are more often a multiple of a tile's 8; then each
     attention copies what it takes, and what it gives.
     """
-    return _laid_out(x, tuple(range(x.ndim)))
+    if platform.current() != "tpu":
+        return x
+    order = tuple(range(x.ndim))
+    batch_split = (BATCH_AXES, *(None for _ in order[1:]))
+    return per_device(lambda x: _laid_out(x, order), [x], [batch_split])
 
 
 def heads_in_columns(x: jax.Array) -> jax.Array:
-    """[batch, tokens, heads, head_width] with tokens innermost: what XLA's attention works on.
+    """[batch, tokens, heads, head_width] of one device with tokens innermost.
 
-    They fill the 128 columns of a tile, which the 64 of a head do not.
+    That is what XLA's attention works on: tokens fill the 128 columns of a tile, which the 64 of a
+    head do not.
     """
     return _laid_out(x, (0, 2, 3, 1))
+
+
+def matrix(x: jax.Array, inputs: int) -> jax.Array:
+    """`x` with its first `inputs` axes joined into one, if any, and the others into another.
+
+    Left to itself XLA takes the heads of an attention's kernel apart again, above all for the
+    gradient, and lays out activations so that heads are rows of their own, a copy of each.
+    """
+    joined = x.reshape(*([math.prod(x.shape[:inputs])] if inputs else []), -1)
+    if joined.shape == x.shape or platform.current() != "tpu":
+        return joined
+    return jax.lax.optimization_barrier(joined)
 
 
 def _laid_out(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

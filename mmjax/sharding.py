@@ -5,7 +5,7 @@ carry no annotations: parameters get their layout from path patterns here, activ
 `constrain_batch` at every block's boundary, and XLA's partitioner derives the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,10 @@ BATCH_AXES = ("data", "fsdp")
 
 # Of each dimension of an array the axis of the mesh that splits it, or several, or none.
 Axes = tuple[str | tuple[str, ...] | None, ...]
+
+# Queries, keys and values [batch, tokens, heads, head_width], and masks [batch, queries, keys].
+HEADS_SPLIT: Axes = (BATCH_AXES, None, "tensor", None)
+MASK_SPLIT: Axes = (BATCH_AXES, None, None)
 
 # Where the axes of a parameter go, counted from its last: stacked layers have one axis more in
 # front. Attention and the MLP split by heads and hidden units over `tensor` (Megatron-LM, Shoeybi
@@ -141,7 +145,11 @@ def _fitting(axes: Axes, shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> P
 
 def _ways(axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh) -> int:
     """How many parts an axis of the mesh, or several together, split a dimension in."""
-    return int(np.prod([mesh.shape[name] for name in ((axis,) if isinstance(axis, str) else axis)]))
+    return int(np.prod([mesh.shape[name] for name in _names(axis)]))
+
+
+def _names(axis: str | tuple[str, ...] | None) -> set[str]:
+    return set() if axis is None else {axis} if isinstance(axis, str) else set(axis)
 
 
 def _over_data(
@@ -187,6 +195,29 @@ def constrain_batch(x: jax.Array) -> jax.Array:
     if mesh.empty or x.ndim == 0:
         return x
     return jax.lax.with_sharding_constraint(x, PartitionSpec(BATCH_AXES))
+
+
+def per_device(
+    function: Callable[..., jax.Array], arrays: Sequence[jax.Array | None], axes: Sequence[Axes]
+) -> jax.Array:
+    """`function(*arrays)`, run by every device of the mesh in force, if any, on its part of them.
+
+    For what XLA's partitioner cannot look into, kernels and layouts: it would gather the arrays of
+    all devices. `axes` say how each array is split, as in `PARAMETER_RULES`; the result is split as
+    the first one is. Where a function runs by device already, these axes are left as they are.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.auto_axes:
+        return function(*arrays)
+    split = set(mesh.auto_axes)
+    free = [tuple(axis if _names(axis) <= split else None for axis in each) for each in axes]
+    specs = tuple(
+        PartitionSpec() if array is None else _fitting(each, array.shape, mesh)
+        for array, each in zip(arrays, free, strict=True)
+    )
+    return jax.shard_map(
+        function, in_specs=specs, out_specs=specs[0], axis_names=split, check_vma=False
+    )(*arrays)  # fmt: skip
 
 
 def gather_table(table: jax.Array) -> jax.Array:

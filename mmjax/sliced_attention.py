@@ -11,11 +11,10 @@ import math
 from collections.abc import Callable
 
 import jax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from mmjax.layouts import heads_in_columns
-from mmjax.sharding import BATCH_AXES
+from mmjax.sharding import HEADS_SPLIT, MASK_SPLIT, per_device
 
 # Float32 scores of the rows that are worked on at a time: XLA keeps them and their gradient in the
 # 128 MiB of vector memory of a v5e, v5p or v6e, beside the slices of the inputs.
@@ -35,20 +34,8 @@ def sliced_attention(
 ) -> Float[Array, "batch queries heads head_width"]:
     """`attend(query, key, value, mask)`, walked in slices of every device's own rows."""
     here = functools.partial(_attend_here, attend)
-    mesh = jax.sharding.get_abstract_mesh()
-    if not mesh.auto_axes:
-        return here(query, key, value, mask)
     # Over rows of the global batch the walk would send them from device to device.
-    rows = _dividing(BATCH_AXES, query.shape[0], mesh)
-    spec = PartitionSpec(rows, None, _dividing(("tensor",), query.shape[2], mesh))
-    mask_spec = PartitionSpec(rows if mask is not None and len(mask) > 1 else None)
-    return jax.shard_map(
-        here,
-        in_specs=(spec, spec, spec, mask_spec),
-        out_specs=spec,
-        axis_names=set(mesh.auto_axes),
-        check_vma=False,
-    )(query, key, value, mask)
+    return per_device(here, [query, key, value, mask], [HEADS_SPLIT] * 3 + [MASK_SPLIT])
 
 
 def rows_of_slice(rows: int, queries: int, keys: int, heads: int) -> int:
@@ -56,12 +43,6 @@ def rows_of_slice(rows: int, queries: int, keys: int, heads: int) -> int:
     padded = math.ceil(queries / TILE[0]) * TILE[0] * math.ceil(keys / TILE[1]) * TILE[1]
     fitting = max(SLICE_BYTES // (4 * heads * padded), 1)
     return max(size for size in range(1, rows + 1) if rows % size == 0 and size <= fitting)
-
-
-def _dividing(axes, size, mesh):
-    """Those of the axes that are the partitioner's, or None where they do not divide `size`."""
-    axes = tuple(axis for axis in axes if axis in mesh.auto_axes)
-    return axes if size % math.prod(mesh.shape[axis] for axis in axes) == 0 else None
 
 
 def _attend_here(attend, query, key, value, mask):
@@ -97,14 +78,16 @@ def _backward(attend, size, kept, gradient):
     gradient = _cut(heads_in_columns(gradient), size)
     mask_of = _slices_of_mask(mask, size)
 
-    def step(number, slices):
-        """Gradients take the place of the inputs, which nothing reads again."""
+    slices = [_cut(x, size) for x in inputs]
+
+    def step(number, gradients):
         here = [_take(x, number) for x in slices]
         of_slice = jax.vjp(lambda *inputs: attend(*inputs, mask_of(number)), *here)[1]
-        gradients = of_slice(_take(gradient, number))
-        return tuple(map(lambda x, new: _put(x, new, number), slices, gradients))
+        found = of_slice(_take(gradient, number))
+        return tuple(map(lambda x, new: _put(x, new, number), gradients, found))
 
-    gradients = jax.lax.fori_loop(0, len(gradient), step, tuple(_cut(x, size) for x in inputs))
+    start = tuple(jax.lax.empty(x.shape, x.dtype) for x in slices)
+    gradients = jax.lax.fori_loop(0, len(gradient), step, start)
     return *map(_joined, gradients), None
 
 

@@ -28,10 +28,10 @@ def get_config(arg=None):
     config.data.vocabulary_size = 32_000
     config.data.crop_scale = 0.2
     config.data.flip = True
-    layers = {"norm": "pre", "epsilon": 1e-6, "dtype": "bfloat16", "remat": "full"}
+    layers = {"norm": "pre", "epsilon": 1e-6, "dtype": "bfloat16", "remat": "products"}
     config.model = model_section(
         "vision_language",
-        image={"size": "B/16", "image_size": 256, **layers},
+        image={"size": "B/16", "image_size": 256, "pool": "mean", **layers},
         text={"size": "base", "max_length": 64, **layers},
         fusion={"width": 768, "depth": 6, **layers},
         temperature=0.07,

@@ -22,7 +22,7 @@ def get_config(arg=None):
     config.data.image_size = 224
     config.data.text_length = 64
     config.data.vocabulary_size = 32_000
-    layers = {"activation": "gelu_tanh", "epsilon": 1e-6, "remat": "full"}
+    layers = {"activation": "gelu_tanh", "epsilon": 1e-6, "remat": "products", "unroll": True}
     config.model = model_section(
         "two_tower",
         image={

@@ -5,26 +5,28 @@ large. Indexing would gather those of the whole batch on every device. Here each
 the devices that asked for it.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Int
 
+from mmjax.chips import CHIPS
+from mmjax.objectives import pairwise_exchange, ragged_exchange
 from mmjax.sharding import BATCH_AXES, batch_devices
 
-# A round carries at most so many rows away from a device, in multiples of its share of the batch.
-# Every row is asked for once on average; a device whose rows are popular needs further rounds.
-CAPACITY = 2
+# Kinds of devices without the collective that `ragged_exchange` takes (v5e: on more than 16 chips).
+WITHOUT_RAGGED = ("cpu", *CHIPS["v5e"].device_kinds)
 
 
 def fetch(tree: Any, rows: Int[Array, " batch"]) -> Any:
     """`tree` with the rows of its arrays `[batch, ...]` picked anew, as by `x[rows]`.
 
-    Where devices split the batch, each one holds `CAPACITY` + 1 times its share of the rows on the
-    way, whatever the global batch, and 12 bytes for every row of it.
+    Where devices split the batch, each one holds on the way, besides, three times its share of the
+    rows and 12 bytes for every row of the global batch; where rows travel pair by pair, two rows
+    for every device.
     """
     if batch_devices() == 1:
         return jax.tree.map(lambda x: x[rows], tree)
@@ -32,14 +34,14 @@ def fetch(tree: Any, rows: Int[Array, " batch"]) -> Any:
     def bring(x):
         if jnp.issubdtype(x.dtype, jnp.inexact):
             return _fetched(x, rows)
-        return _by_device(_bring, x.astype(jnp.int32), rows).astype(x.dtype)
+        return _by_device(_exchange().bring, x.astype(jnp.int32), rows).astype(x.dtype)
 
     return jax.tree.map(bring, tree)
 
 
 @jax.custom_vjp
 def _fetched(x, rows):
-    return _by_device(_bring, x, rows)
+    return _by_device(_exchange().bring, x, rows)
 
 
 def _forward(x, rows):
@@ -47,134 +49,20 @@ def _forward(x, rows):
 
 
 def _backward(rows, of_fetched):
-    return _by_device(_return, of_fetched, rows), None
+    return _by_device(_exchange().give_back, of_fetched, rows), None
 
 
 _fetched.defvjp(_forward, _backward)
 
 
+def _exchange() -> ModuleType:
+    """How rows travel between the devices of the mesh in force."""
+    kind = jax.sharding.get_abstract_mesh().abstract_device.device_kind
+    return pairwise_exchange if kind in WITHOUT_RAGGED else ragged_exchange
+
+
 def _by_device(function, x, rows):
     split = PartitionSpec(BATCH_AXES)
-    return jax.shard_map(
-        function, in_specs=(split, split), out_specs=split, check_vma=False
-    )(x, rows)  # fmt: skip
-
-
-class Round(NamedTuple):
-    """Which rows one device sends and receives at a time: of rows in order of their receiver."""
-
-    sent: Int[Array, " capacity"]  # this device's rows
-    sent_to: Int[Array, " devices"]  # how many go to each
-    received: Int[Array, " share"]  # the requests that are met, in order of the sender; or `share`
-    received_from: Int[Array, " devices"]
-    sent_at: Int[Array, " devices"]  # where in what each receives this device's rows begin
-    received_at: Int[Array, " devices"]  # where in what each sends those for this device begin
-
-
-class Schedule(NamedTuple):
-    """Who asks whom for what, which every device knows of all."""
-
-    owner: Int[Array, " batch"]  # of the row that each request is for
-    requester: Int[Array, " batch"]
-    row: Int[Array, " batch"]  # of the owner's
-    turn: Int[Array, " batch"]  # how many requests to the same owner come before
-
-    @classmethod
-    def of(cls, rows: Int[Array, " share"]) -> "Schedule":
-        """Of all devices' requests; `rows` are this one's."""
-        share, wanted = len(rows), jax.lax.all_gather(rows, BATCH_AXES, tiled=True)
-        owner, number = wanted // share, jnp.arange(len(wanted))
-        order = jnp.argsort(owner, stable=True)
-        first = jnp.searchsorted(owner[order], jnp.arange(batch_devices()))
-        turn = jnp.zeros_like(order).at[order].set(number - first[owner[order]])
-        return cls(owner, number // share, wanted % share, turn)
-
-    def rounds(self, capacity: int) -> Int[Array, ""]:
-        """How many it takes."""
-        return self.turn.max() // capacity + 1
-
-    def round(self, number: Int[Array, ""], capacity: int, share: int) -> Round:
-        """What happens in one of them."""
-        me, devices = jax.lax.axis_index(BATCH_AXES), batch_devices()
-        now = self.turn // capacity == number
-        mine, asked = now & (self.owner == me), now & (self.requester == me)
-        place = jnp.where(mine, self.turn % capacity, capacity)
-        sent = jnp.zeros(capacity, jnp.int32).at[place].set(self.row, mode="drop")
-
-        def count(who: Array, where: Bool[Array, " batch"]) -> Int[Array, " devices"]:
-            return jnp.zeros(devices, jnp.int32).at[who].add(where)
-
-        # My requests, those that are met first, by owner.
-        own = jax.lax.dynamic_slice_in_dim(jnp.where(asked, self.owner, devices), me * share, share)
-        met = jnp.argsort(own, stable=True)
-        return Round(
-            sent=sent,
-            sent_to=count(self.requester, mine),
-            received=jnp.where(own[met] < devices, met, share),
-            received_from=count(self.owner, asked),
-            sent_at=count(self.requester, now & (self.owner < me)),
-            received_at=count(self.owner, now & (self.requester < me)),
-        )
-
-
-def _bring(x, rows):
-    """The rows that this device asked for, in rounds."""
-    share, capacity = len(rows), CAPACITY * len(rows)
-    schedule = Schedule.of(rows)
-
-    def travel(number, found):
-        now = schedule.round(number, capacity, share)
-        arrived = _exchange(
-            x[now.sent], share, now.sent_to, now.sent_at, now.received_from
-        )  # fmt: skip
-        return found.at[now.received].set(arrived, mode="drop")
-
-    return jax.lax.fori_loop(0, schedule.rounds(capacity), travel, jnp.zeros_like(x))
-
-
-def _return(of_fetched, rows):
-    """The other way: what belongs to a row, from all who asked for it, summed."""
-    share, capacity = len(rows), CAPACITY * len(rows)
-    schedule = Schedule.of(rows)
-
-    def travel(number, found):
-        now = schedule.round(number, capacity, share)
-        parts = of_fetched.at[now.received].get(mode="fill", fill_value=0)
-        arrived = _exchange(
-            parts, capacity, now.received_from, now.received_at, now.sent_to
-        )  # fmt: skip
-        there = jnp.arange(capacity) < now.sent_to.sum()
-        return found.at[jnp.where(there, now.sent, share)].add(arrived, mode="drop")
-
-    return jax.lax.fori_loop(0, schedule.rounds(capacity), travel, jnp.zeros_like(of_fetched))
-
-
-def _exchange(rows, size, sent_to, sent_at, received_from):
-    """`size` rows that arrive from all devices, each of which sends in the order of receivers."""
-    sent_from = jnp.cumsum(sent_to) - sent_to
-    arguments = rows, sent_from, sent_to, sent_at, received_from
-    return jax.lax.platform_dependent(
-        *arguments, cpu=partial(_gathered, size), default=partial(_ragged, size)
+    return jax.shard_map(function, in_specs=(split, split), out_specs=split, check_vma=False)(
+        x, rows
     )
-
-
-def _ragged(size, rows, sent_from, sent_to, sent_at, received_from):
-    output = jnp.zeros((size, *rows.shape[1:]), rows.dtype)
-    return jax.lax.ragged_all_to_all(
-        rows, output, sent_from, sent_to, sent_at, received_from, axis_name=BATCH_AXES
-    )
-
-
-def _gathered(size, rows, sent_from, sent_to, sent_at, received_from):
-    """The same on CPUs, whose XLA has no such collective: everything goes to everybody."""
-    me = jax.lax.axis_index(BATCH_AXES)
-    rows = jax.lax.all_gather(rows, BATCH_AXES)
-    sent_from, sent_to, sent_at = (
-        jax.lax.all_gather(x, BATCH_AXES)[:, me, None] for x in (sent_from, sent_to, sent_at)
-    )
-    number = jnp.arange(rows.shape[1]) - sent_from
-    place = jnp.where((number >= 0) & (number < sent_to), sent_at + number, size)
-    output = jnp.zeros((size, *rows.shape[2:]), rows.dtype)
-    return output.at[place.reshape(-1)].set(
-        rows.reshape(-1, *rows.shape[2:]), mode="drop"
-    )  # fmt: skip

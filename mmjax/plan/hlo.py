@@ -4,6 +4,7 @@
 bodies among them.
 """
 
+import functools
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -62,6 +63,17 @@ class Op:
         """Whether this is a kernel that somebody wrote, which the compiler cannot see into."""
         return self.opcode == "custom-call" and 'target="tpu_custom_call"' in self.attributes
 
+    @property
+    def is_allocation(self) -> bool:
+        """Whether this only sets memory aside."""
+        return self.opcode == "custom-call" and 'target="AllocateBuffer"' in self.attributes
+
+    @property
+    def parameter_number(self) -> int | None:
+        """Which operand of the fusion around it this is, if it is one."""
+        found = re.match(r"(\d+)\)", self.attributes) if self.opcode == "parameter" else None
+        return int(found[1]) if found else None
+
     def called(self) -> list[str]:
         """The computations that a call, a fusion or a conditional names."""
         names = _CALLED.findall(self.attributes)
@@ -94,9 +106,10 @@ class Module:
                 ops = None
         return cls(computations, entry)
 
-    def shapes(self) -> dict[str, str]:
-        """The shape of every op by its name, as text."""
-        return {op.name: op.shape for ops in self.computations.values() for op in ops}
+    @functools.cached_property
+    def ops(self) -> dict[str, Op]:
+        """Every op by its name, which no other has."""
+        return {op.name: op for ops in self.computations.values() for op in ops}
 
     def trip_count(self, loop: Op) -> int | None:
         """How often a `while` turns, or None where its condition does not compare with a number.
@@ -171,7 +184,7 @@ def _parse_op(line: str) -> Op | None:
         return None
     rest = found[2][opcode.end() :]
     operands, attributes = (rest, "") if ")" not in rest else rest.split(")", 1)
-    if opcode[1] == "constant":
+    if opcode[1] in ("constant", "parameter"):
         attributes = rest
     return Op(
         name=found[1],

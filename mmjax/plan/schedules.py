@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mmjax.chips import Chip
-from mmjax.plan.hlo import ArrayShape, Module, Op, arrays_of
+from mmjax.plan.hlo import Module, Op
 from mmjax.plan.totals import Reading
+from mmjax.plan.traffic import traffic
 
 _BUNDLE = re.compile(r"\s*(?:0x[0-9a-f]+|0)\s+(LB|LH|LE|PB|PF|CT)?\s*:")
 _FILE = re.compile(r"\d+-(.+?)-\d+-final_bundles\.txt")
@@ -85,15 +86,12 @@ class _Loop:
 
 def floor_of(module: Module, schedules: Mapping[str, int], chip: Chip) -> Reading:
     """The reading of a program by its schedules; ops without a kernel keep their estimate."""
-    shapes = module.shapes()
     bytes_per_cycle = chip.hbm_bandwidth / chip.devices / chip.clock
 
-    def reading(op: Op, trips: int) -> int | None:
+    def reading(op: Op) -> int | None:
         if op.name not in schedules:
             return op.estimate
-        touched = [op.shape, *(shapes.get(name, "") for name in op.operands)]
-        traffic = sum(_moved(array, trips) for shape in touched for array in arrays_of(shape))
-        return max(schedules[op.name], round(traffic / bytes_per_cycle))
+        return max(schedules[op.name], round(traffic(module, op) / bytes_per_cycle))
 
     return reading
 
@@ -101,15 +99,7 @@ def floor_of(module: Module, schedules: Mapping[str, int], chip: Chip) -> Readin
 def with_kernels(floor: Reading) -> Reading:
     """The compiler's estimates, and for custom kernels, which have none, their schedules."""
 
-    def reading(op: Op, trips: int) -> int | None:
-        return floor(op, trips) if op.is_custom_kernel else op.estimate
+    def reading(op: Op) -> int | None:
+        return floor(op) if op.is_custom_kernel else op.estimate
 
     return reading
-
-
-def _moved(array: ArrayShape, trips: int) -> float:
-    """Bytes to or from HBM; of an array that is stacked over a loop's turns, those of a turn."""
-    if not array.in_hbm:
-        return 0
-    stacked = trips > 1 and len(array.sides) > 1 and array.sides[0] == trips
-    return array.bytes / trips if stacked else array.bytes

@@ -34,11 +34,11 @@ class Totals:
         self.unread_loops |= other.unread_loops
 
 
-# Cycles of an op, None where nothing is known. It is told how often the loop around the op turns.
-Reading = Callable[[Op, int], int | None]
+# Cycles of an op, None where nothing is known.
+Reading = Callable[[Op], int | None]
 
 
-def estimates(op: Op, trips: int = 1) -> int | None:
+def estimates(op: Op) -> int | None:
     """The reading that the compiler wrote down itself."""
     return op.estimate
 
@@ -53,28 +53,28 @@ class _Walk:
     module: Module
     reading: Reading
 
-    def computation(self, name: str, scope: Part = (), trips: int = 1) -> Totals:
-        """The sum over a computation whose caller stands in `scope` and turns `trips` times."""
+    def computation(self, name: str, scope: Part = ()) -> Totals:
+        """The sum over a computation whose caller stands in `scope`."""
         totals, ops = Totals(), self.module.computations.get(name, ())
         for op in ops:
-            self._add(op, _within(scope, part_of(op)), trips, totals)
+            self._add(op, _within(scope, part_of(op)), totals)
         for op in self._collectives(ops):
             _count_collective(op, totals)
         return totals
 
-    def _add(self, op: Op, part: Part, trips: int, totals: Totals) -> None:
+    def _add(self, op: Op, part: Part, totals: Totals) -> None:
         if op.opcode == "while":
             turns = self.module.trip_count(op)
-            body = self.computation(attribute_of(op, "body"), part, turns or 1)
+            body = self.computation(attribute_of(op, "body"), part)
             totals.add(body, turns or 1)
             totals.unread_loops |= {op.name} if turns is None else set()
         elif op.opcode == "conditional":
-            branches = [self.computation(name, part, trips) for name in op.called()]
+            branches = [self.computation(name, part) for name in op.called()]
             totals.add(max(branches, key=lambda branch: branch.cycles.total()))
         elif op.opcode in ("call", "async-start"):
             for name in op.called():
-                totals.add(self.computation(name, part, trips))
-        if (cycles := self.reading(op, trips)) is not None:
+                totals.add(self.computation(name, part))
+        if (cycles := self.reading(op)) is not None:
             totals.cycles[part] += cycles
         elif op.is_custom_kernel:
             totals.kernels["/".join((*part, op.name))] += 1

@@ -5,7 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mmjax.objectives import pairwise_exchange, partners, ragged_exchange
 from mmjax.objectives.partners import fetch
+from mmjax.sharding import BATCH_AXES
 from tests.objectives.test_walk import on_devices
 
 ROWS = 24
@@ -19,6 +21,32 @@ REQUESTS = {
 }
 
 
+def gathered(rows, output, sent_from, sent_to, sent_at, received_from, *, axis_name):
+    """`jax.lax.ragged_all_to_all`, which CPUs have not: everything goes to everybody."""
+    assert axis_name == BATCH_AXES
+    me = jax.lax.axis_index(BATCH_AXES)
+    rows = jax.lax.all_gather(rows, BATCH_AXES)
+    sent_from, sent_to, sent_at = (
+        jax.lax.all_gather(x, BATCH_AXES)[:, me, None] for x in (sent_from, sent_to, sent_at)
+    )
+    number = jnp.arange(rows.shape[1]) - sent_from
+    place = jnp.where((number >= 0) & (number < sent_to), sent_at + number, len(output))
+    flat = rows.reshape(-1, *rows.shape[2:])
+    return output.at[place.reshape(-1)].set(flat, mode="drop")
+
+
+@pytest.fixture(params=[pairwise_exchange, ragged_exchange], ids=["pairwise", "ragged"])
+def exchange(request, monkeypatch):
+    monkeypatch.setattr(partners, "_exchange", lambda: request.param)
+    monkeypatch.setattr(jax.lax, "ragged_all_to_all", gathered)
+
+
+def test_devices_take_the_exchange_that_they_have():
+    with on_devices(8):
+        assert partners._exchange() is pairwise_exchange
+
+
+@pytest.mark.usefixtures("exchange")
 @pytest.mark.parametrize("axes", [(1,), (8, 2), (8, 2, 2)], ids=str)
 @pytest.mark.parametrize("case", REQUESTS)
 def test_what_arrives_is_what_was_asked_for(case, axes):

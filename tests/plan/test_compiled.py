@@ -136,6 +136,32 @@ def test_a_plan_for_2048_chips_is_json_and_nothing_else():
 
 @pytest.mark.slow
 @needs_libtpu
+@pytest.mark.parametrize("recipe", ["siglip_b16", "coattention_b16"])
+def test_more_rows_gather_no_activations(recipe):
+    """Of a row of the batch only its embeddings go to every device: some hundred bytes of them."""
+    gathered = []
+    for rows in (64, 512):
+        config = f"--config=configs/pretrain/{recipe}.py:tiny"
+        flags = [config, "--topology=v5e:2x2", f"--config.batch_size={rows}", "--json"]
+        result = run("mmjax.plan", *flags)
+        assert result.returncode == 0, result.stderr
+        gathered.append(json.loads(result.stdout)["collective_bytes"]["all-gather"])
+    layer_of_a_row = (64 // 16) ** 2 * 32 * 4  # tokens, width, bytes
+    assert (gathered[1] - gathered[0]) / (512 - 64) < layer_of_a_row / 4
+
+
+@pytest.mark.slow
+@needs_libtpu
+def test_partners_travel_on_every_pod():
+    """Not all have the collective for it: the flagship's step compiles where it is missing."""
+    flagship = "--config=configs/pretrain/coattention_b16.py:tiny"
+    result = run("mmjax.plan", flagship, "--topology=v5e:8x8", "--config.batch_size=128", "--json")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout)["collective_bytes"]["all-to-all"] > 0
+
+
+@pytest.mark.slow
+@needs_libtpu
 def test_a_plan_with_both_readings():
     result = run("mmjax.plan", RECIPE, "--topology=v5e:2x2", "--schedules", "--json")
     assert result.returncode == 0, result.stderr

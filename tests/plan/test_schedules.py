@@ -32,10 +32,15 @@ HloModule jit_step
   ROOT %less = pred[] compare(%c, %six), direction=LT
 }
 
+%taking (p: f32[6,1000]) -> f32[1,1000] {
+  %p = f32[6,1000]{1,0} parameter(0)
+  ROOT %part = f32[1,1000]{1,0} dynamic-slice(%p)
+}
+
 %body (b: (s32[], f32[6,1000])) -> (s32[], f32[6,1000]) {
   %b = (s32[], f32[6,1000]{1,0}) parameter(0)
   %stack = f32[6,1000]{1,0} get-tuple-element(%b), index=1
-  %row = f32[1,1000]{1,0:S(1)} fusion(%stack), calls=%none, backend_config={"estimated_cycles":"9"}
+  %row = f32[1,1000]{1,0:S(1)} fusion(%stack), calls=%taking, config={"estimated_cycles":"9"}
 }
 
 ENTRY %main (x: f32[8]) -> f32[8] {
