@@ -96,6 +96,8 @@ def series(
     )
     process.start()
     theirs.close()
+    kind = {"model": model, "attention": attention, "remat": remat}
+    batch_size = options.first_batch
     while True:
         try:
             message = mine.recv()
@@ -103,8 +105,12 @@ def series(
             break
         if isinstance(message, InputError):
             raise message
-        yield {"model": model, "attention": attention, "remat": remat, **message}
+        batch_size = 2 * message["batch"]
+        yield {**kind, **message}
     process.join()
+    if process.exitcode:
+        ended = f"its process ended with status {process.exitcode}; what it said stands above"
+        yield {**kind, "batch": batch_size, "refused": ended}
 
 
 def _series(pipe: Any, model: str, attention: str, remat: str, options: Any) -> None:
@@ -123,7 +129,9 @@ def _series(pipe: Any, model: str, attention: str, remat: str, options: Any) -> 
         try:
             row = measure(model, attention, remat, batch_size, options)
         except (NotImplementedError, RuntimeError, ValueError) as error:
-            if OUT_OF_MEMORY not in str(error):  # as cuDNN off a GPU, or a length it does not take
+            # Out of memory is how a series ends, unless it is how it begins; all else is told, as
+            # cuDNN off a GPU, or a length that it does not take.
+            if OUT_OF_MEMORY not in str(error) or batch_size == options.first_batch:
                 pipe.send({"batch": batch_size, "refused": str(error).splitlines()[0]})
             return
         pipe.send(row)

@@ -99,7 +99,8 @@ def temporary(mesh, batch: int, name: str) -> int:
     else:
         vectors = array(batch, _WIDTH.value)
         arguments = array(), array(), vectors, vectors, array(batch, dtype=jnp.int32)
-    function = jax.grad(partial(losses, name), range(max(len(arguments) - 1, 1)))
+    learnt = range(max(len(arguments) - 1, 1))
+    function = jax.value_and_grad(partial(losses, name), learnt, has_aux=True)
 
     def under_mesh(*arguments):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
@@ -110,7 +111,7 @@ def temporary(mesh, batch: int, name: str) -> int:
 
 
 def losses(name: str, *arguments):
-    """The mean loss, with the draws of hard negatives in the same walk."""
+    """The mean loss, and what else comes of the same walk: the draws of hard negatives."""
     import jax
     import jax.numpy as jnp
 
@@ -121,23 +122,22 @@ def losses(name: str, *arguments):
 
     if name == "fetch":
         tokens, rows = arguments
-        return fetch(tokens, rows).astype(jnp.float32).sum()
+        return jnp.square(fetch(tokens, rows).astype(jnp.float32)).sum(), ()
     factor, offset, images, texts, image_id = arguments
     valid = jnp.ones(len(images), bool)
     if name == "matrix":
         logits = factor * jnp.matmul(images, texts.T, precision="highest") + offset
         positives = same_image(image_id)
         both = (info_nce(x, positives, valid) for x in (logits, logits.T))
-        return sum(each.mean() for each in both)
+        return sum(each.mean() for each in both), ()
     marks = image_id, valid, image_id, jnp.arange(len(images))
     sides = Side(images, *marks), Side(texts, *marks)
     key, scale = jax.random.key(0), Scale(factor, offset)
     if name == "sigmoid":
-        return walk(scale, sides[0], (sides[1],), (Sigmoid(),))[0].mean()
-    # (the draws enter, so that they are not left out)
+        return walk(scale, sides[0], (sides[1],), (Sigmoid(),))[0].mean(), ()
     folds = InfoNce(), Draw(key)
-    one, other = (walk(scale, a, (b,), folds) for a, b in (sides, sides[::-1]))
-    return sum(loss.mean() + 0.0 * drawn[0].sum() for loss, drawn in (one, other))
+    ways = [walk(scale, a, (b,), folds) for a, b in (sides, sides[::-1])]
+    return sum(loss.mean() for loss, _ in ways), [drawn for _, drawn in ways]
 
 
 if __name__ == "__main__":

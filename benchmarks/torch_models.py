@@ -116,7 +116,7 @@ class Pooling(nn.Module):
 
 
 class ImageEncoder(nn.Module):
-    """A ViT, pooled by its class token or by attention."""
+    """A ViT, pooled by its class token, by attention, or by the mean."""
 
     def __init__(self, config: Any):
         super().__init__()
@@ -128,7 +128,7 @@ class ImageEncoder(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(places, config.width))
         self.blocks = Blocks(config)
         self.norm = nn.LayerNorm(config.width, config.epsilon)
-        self.pooling = None if self.has_class else Pooling(config)
+        self.pooling = Pooling(config) if config.pool == "attention" else None
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         """Tokens and the pooled vector of uint8 pictures [B, H, W, 3]."""
@@ -137,7 +137,9 @@ class ImageEncoder(nn.Module):
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         tokens = self.norm(self.blocks(x + self.position_embedding))
-        return tokens, tokens[:, 0] if self.pooling is None else self.pooling(tokens)
+        if self.pooling is not None:
+            return tokens, self.pooling(tokens)
+        return tokens, tokens[:, 0] if self.has_class else tokens.mean(1)
 
 
 class TextTower(nn.Module):
@@ -205,10 +207,11 @@ class CoAttentionLayer(nn.Module):
 
 
 class Fusion(nn.Module):
-    """Co-attention layers, and one vector of both first tokens."""
+    """Co-attention layers, and one vector of the text's first token and of the picture."""
 
-    def __init__(self, config: Any):
+    def __init__(self, config: Any, has_class: bool):
         super().__init__()
+        self.has_class = has_class  # which then stands for the picture
         self.blocks = nn.Module()
         self.blocks.layers = nn.ModuleList(CoAttentionLayer(config) for _ in range(config.depth))
         self.image_norm = nn.LayerNorm(config.width, config.epsilon)
@@ -221,7 +224,8 @@ class Fusion(nn.Module):
         for layer in self.blocks.layers:
             image, text = layer(image, text, mask)
         image, text = self.image_norm(image), self.text_norm(text)
-        pooled = [self.text_pooler(text[:, 0]).tanh(), self.image_pooler(image[:, 0]).tanh()]
+        picture = image[:, 0] if self.has_class else image.mean(1)
+        pooled = [self.text_pooler(text[:, 0]).tanh(), self.image_pooler(picture).tanh()]
         return text, torch.cat(pooled, dim=-1)
 
 
@@ -251,7 +255,7 @@ class CoAttentionModel(nn.Module):
     def __init__(self, config: Any):
         super().__init__()
         self.image, self.text = ImageEncoder(config.image), Bert(config.text)
-        self.fusion = Fusion(config.fusion)
+        self.fusion = Fusion(config.fusion, self.image.has_class)
         width = config.fusion.width
         self.contrastive = nn.Module()
         self.contrastive.image_projection = nn.Linear(width, config.embedding_width)

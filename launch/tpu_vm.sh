@@ -41,7 +41,7 @@ case "${1:-}" in
     everywhere "
       set -e
       test -d mmjax || git clone --quiet $REPOSITORY mmjax
-      cd mmjax && git fetch --quiet && git checkout --quiet $REVISION
+      cd mmjax && git fetch --quiet --tags origin $REVISION && git checkout --quiet --detach FETCH_HEAD
       python3 -m venv ~/venv && ~/venv/bin/pip install --quiet -e '.[tpu,gcs]'"
     ;;
   train)

@@ -2,7 +2,7 @@
 
 XLA does not fuse the two products of an attention. Over a whole batch the [queries, keys] matrices
 between them are gigabytes, which go to HBM and back several times, forward and backward, each time
-in another layout. Slices that fit into on-chip memory go nowhere: `docs/performance.md` has the
+in another layout. Slices that fit into on-chip memory go nowhere: `docs/plans/README.md` has the
 readings. For the gradient a slice's probabilities are computed again.
 """
 

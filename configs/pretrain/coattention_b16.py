@@ -9,8 +9,9 @@ From METER: depth and width of the fusion, 10 % warm-up, AdamW with (0.9, 0.98),
 From ALBEF: embedding width 256, temperature 0.07, 15 % of the words masked, 256 px, crops from
 0.2, decay 0.02.
 Ours: texts of 32 tokens (25 in ALBEF, 50 in METER), a vocabulary of 32,000; pre-norm layers and
-bfloat16 throughout, which train from scratch without care; 16,384 pairs a step, at which hard
-negatives of the whole global batch are hard, and a rate of 5e-4 for it.
+bfloat16 throughout, which train from scratch without care; the mean of the patches in place of a
+class token, because 256 of them fill a TPU's tiles and 257 do not; 16,384 pairs a step, at which
+hard negatives of the whole global batch are hard, and a rate of 5e-4 for it.
 
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).
 """
@@ -28,7 +29,7 @@ def get_config(arg=None):
     config.data.vocabulary_size = 32_000
     config.data.crop_scale = 0.2
     config.data.flip = True
-    layers = {"norm": "pre", "epsilon": 1e-6, "dtype": "bfloat16", "remat": "products"}
+    layers = {"norm": "pre", "epsilon": 1e-6, "dtype": "bfloat16", "remat": "attention"}
     config.model = model_section(
         "vision_language",
         image={"size": "B/16", "image_size": 256, "pool": "mean", **layers},

@@ -13,8 +13,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Key
 
 from mmjax.errors import InputError, near_misses
-from mmjax.layers import ACTIVATIONS, REMAT_POLICIES, Stack, StackConfig, split_key
+from mmjax.layers import ACTIVATIONS, Stack, StackConfig, split_key
 from mmjax.models.features import Encoded
+from mmjax.remat import REMAT_POLICIES
 from mmjax.sharding import constrain_batch
 
 # Keeps the scale of activations through ReLUs (He et al. 2015, equation 14), as published ResNets.
@@ -32,7 +33,7 @@ class ConvolutionConfig:
     std: tuple[float, ...] = field(default=(0.229, 0.224, 0.225))
 
     dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
-    remat: str = "none"  # a key of mmjax.layers.REMAT_POLICIES
+    remat: str = "none"  # a key of mmjax.remat.REMAT_POLICIES
     unroll: bool = False  # a CPU convolves several times faster outside of a loop
 
     def __post_init__(self) -> None:

@@ -60,7 +60,7 @@ class SwinConfig:
 
     dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
     remat: str = "none"  # a key of mmjax.layers.REMAT_POLICIES
-    unroll: bool = False  # unrolled layers run faster on a CPU and compile slower everywhere
+    unroll: bool = False  # fewer copies of what is stored, and a program of every layer to compile
     attention: str = "auto"  # an implementation of mmjax.attention
 
     def __post_init__(self) -> None:

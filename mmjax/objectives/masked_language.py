@@ -99,6 +99,10 @@ def word_loss(
     With label smoothing ε the target is 1 − ε of it and ε of all words evenly (Szegedy et al. 2016,
     section 7).
     """
-    log_p = jax.nn.log_softmax(logits.astype(jnp.float32))
-    loss = -jnp.take_along_axis(log_p, text[..., None], axis=-1)[..., 0]
-    return (1 - smoothing) * loss - smoothing * log_p.mean(axis=-1) if smoothing else loss
+    logits = logits.astype(jnp.float32)
+    # (not by `log_softmax`, an array as large as the logits, which are the largest of a step)
+    log_total = jax.nn.logsumexp(logits, axis=-1)
+    loss = log_total - jnp.take_along_axis(logits, text[..., None], axis=-1)[..., 0]
+    if not smoothing:
+        return loss
+    return (1 - smoothing) * loss + smoothing * (log_total - logits.mean(axis=-1))

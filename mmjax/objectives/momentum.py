@@ -74,7 +74,7 @@ class MomentumContrastive(MomentumDistilled):
         queues = features.memory.get("momentum_contrastive", {})
         for side, other in (("image", "text"), ("text", "image")):
             walk = features.walk(side, by_average)
-            walk.ask("contrastive", InfoNce())
+            walk.ask("momentum_contrastive", InfoNce())
             if by_average:
                 walk.ask("taught", Taught())
             if queues:
@@ -86,7 +86,7 @@ class MomentumContrastive(MomentumDistilled):
         self.prepare(features, key)
         batch, valid = features.batch, features.batch["valid"]
         walks = [features.walk(side, features.average is not None) for side in ("image", "text")]
-        losses = sum(walk.answer("contrastive") for walk in walks) / 2
+        losses = sum(walk.answer("momentum_contrastive") for walk in walks) / 2
         if features.average is not None:
             soft = sum(walk.answer("taught") for walk in walks) / 2
             losses = mixed(losses, soft, self.alpha(features))

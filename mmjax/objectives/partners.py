@@ -24,9 +24,9 @@ WITHOUT_RAGGED = ("cpu", *CHIPS["v5e"].device_kinds)
 def fetch(tree: Any, rows: Int[Array, " batch"]) -> Any:
     """`tree` with the rows of its arrays `[batch, ...]` picked anew, as by `x[rows]`.
 
-    Where devices split the batch, each one holds on the way, besides, three times its share of the
-    rows and 12 bytes for every row of the global batch; where rows travel pair by pair, two rows
-    for every device.
+    Where devices split the batch, each one holds besides, on the way, up to five times its share of
+    the rows and 16 bytes for every row of the global batch; where rows travel pair by pair, two
+    rows for every device (`docs/performance.md` has both measured).
     """
     if batch_devices() == 1:
         return jax.tree.map(lambda x: x[rows], tree)

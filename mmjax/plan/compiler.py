@@ -107,7 +107,8 @@ def _compile(lowered: jax.stages.Lowered, topology: Topology) -> tuple[Memory, s
         devices * getattr(found, f"{kind}_size_in_bytes")
         for kind in ("argument", "temp", "output", "alias")
     )
-    peak = arguments + temporary + output - alias
+    # (less than the sum, as not all that is temporary is alive at once)
+    peak = devices * found.peak_memory_in_bytes
     return Memory(arguments, temporary, output, alias, peak, limit), compiled.as_text() or ""
 
 

@@ -66,6 +66,7 @@ class Plan:
         return {
             "topology": self.step.topology.name,
             "chips": self.step.topology.chips,
+            "batch_size": self.step.config.batch_size,
             "parameters": sum(self.step.parameters.values()),
             "flops_per_step": self.step.flops,
             "hbm_bytes": asdict(self.step.memory),

@@ -55,6 +55,8 @@ def make_train_step(
     change it.
     """
     check_slices(task, accumulate)
+    # Where nobody learns from the average, as where it is for evaluation alone, it encodes nothing.
+    teaches = any(objective.needs_average for objective in task.objectives.values())
     frozen = jax.tree.map(lambda rate: rate == 0, rates)
 
     def train_step(
@@ -78,7 +80,7 @@ def make_train_step(
                 jax.random.fold_in(purpose_key(key, "dropout"), number),
                 step=state.step,
                 memory=state.memory,
-                average=_merged(task.graph, gather_tables(state.ema)),
+                average=_merged(task.graph, gather_tables(state.ema)) if teaches else None,
                 reference=_merged(task.reference, reference),
                 **context,
             )

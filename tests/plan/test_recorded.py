@@ -22,7 +22,8 @@ def test_the_page_is_up_to_date():
 def test_every_recorded_plan_is_on_the_page():
     module = script()
     recorded = {path.stem for path in BUILD.parent.glob("*.json")}
-    assert recorded <= module.names().keys()
+    assert recorded <= {plan.name for plan in module.ALL}
+    assert recorded >= {plan.name for plan in module.PODS}
     assert all((BUILD.parent / f"{name}.txt").exists() for name in recorded)
 
 
@@ -30,14 +31,16 @@ def test_a_row():
     plan = {
         "topology": "v5e:16x16",
         "chips": 256,
+        "batch_size": 32_768,
         "hbm_bytes": {"peak": 6 * 2**30, "limit": 15.75 * 2**30},
         "cycles": {"estimate": 480_000_000, "floor": 275_400_000},
         "mfu": {"low": 0.281, "high": 0.489},
         "fits": True,
     }
     module = script()
-    assert module.row("siglip_b16_v5e_16x16", json.loads(json.dumps(plan))) == (
-        "| siglip_b16 | v5e:16x16 | 256 | 6.0 of 15.8 | 275 - 480 | 0.28 - 0.49 "
+    planned = module.PODS[0]
+    assert module.pod_row(planned, json.loads(json.dumps(plan))) == (
+        "| siglip_b16 | v5e:16x16 | 256 | 32,768 | 6.0 of 15.8 | 275 - 480 | 0.28 - 0.49 "
         "| [siglip_b16_v5e_16x16.txt](siglip_b16_v5e_16x16.txt) |\n"
     )
-    assert "does not fit" in module.row("siglip_b16_v5e_16x16", plan | {"fits": False})
+    assert "does not fit" in module.pod_row(planned, plan | {"fits": False})

@@ -5,9 +5,10 @@ import subprocess
 
 import pytest
 
-from configs.pretrain import siglip_b16
+from configs.pretrain import coattention_b16, siglip_b16
 from mmjax.plan import search as searching
 from mmjax.plan.search import larger_fsdp, search, smaller_batches, stronger_remat
+from mmjax.remat import REMAT_POLICIES
 
 IMAGE, TEXT = "--config.model.image.remat", "--config.model.text.remat"
 
@@ -22,9 +23,22 @@ def config():
 
 def test_remat_only_grows(config):
     assert list(stronger_remat(config)) == [
+        (f"{TEXT}=products",),
         (f"{TEXT}=dots",),
+        (f"{IMAGE}=attention", f"{TEXT}=attention"),
         (f"{IMAGE}=full", f"{TEXT}=full"),
     ]
+
+
+def test_every_policy_has_its_place():
+    assert set(searching.REMAT) == set(REMAT_POLICIES)
+
+
+@pytest.mark.parametrize("recipe", [siglip_b16, coattention_b16])
+def test_there_is_remat_to_try_on_the_flagships(recipe):
+    tried = list(stronger_remat(recipe.get_config()))
+    assert tried
+    assert all(flag.endswith("=full") for flag in tried[-1])
 
 
 def test_fsdp_grows_to_all_devices(config):
@@ -57,8 +71,8 @@ def commands(monkeypatch):
 
 def test_each_kind_of_change_is_tried_until_it_helps(config, commands):
     trials = search(config, 16, ["--config=recipe.py", "--topology=v5e:4x4", "--schedules"])
-    # Two policies; fsdp 4 and 16; two batches. One helped, so nothing is combined.
-    assert [trial.fits for trial in trials] == [False, True, False, False, False, False]
+    # Four policies; fsdp 4 and 16; two batches. One helped, so nothing is combined.
+    assert [trial.fits for trial in trials] == [False] * 3 + [True] + [False] * 4
     assert all(command[3] == "--config=recipe.py" for command in commands)
     assert all(
         command.index("--noschedules") > command.index("--schedules") for command in commands
