@@ -73,7 +73,9 @@ class Plan:
             "cycles": {name: cycles.get(name) for name in ("estimate", "floor")},
             "mfu": {"low": mfu.get("estimate"), "high": mfu.get("floor")},
             "collective_bytes": self.collective_bytes,
+            "counted_kernels": dict(self.floor.kernel_cycles) if self.floor else {},
             "uncounted_kernels": self.uncounted_kernels,
+            "unread_loops": sorted(self.estimate.unread_loops) if self.estimate else [],
             "fits": self.fits,
         }
 

@@ -104,6 +104,9 @@ def _cycles(plan: Plan) -> str:
     rows += [["everything else", *cells(rest)], ["all", *cells(sums)]]
     header = [title for name in columns for title in (f"{name}, M", "share")]
     notes = []
+    if plan.floor is not None and (counted := plan.floor.kernel_cycles):
+        named = ", ".join(f"{name} {cycles / 1e6:,.2f} M" for name, cycles in counted.items())
+        notes.append(f"Of these, in custom kernels, by their schedules: {named}.")
     if kernels := plan.uncounted_kernels:
         named = ", ".join(f"{name} ({runs} runs)" for name, runs in kernels.items())
         notes.append(f"Custom kernels have no estimate and are not counted: {named}.")

@@ -23,6 +23,7 @@ class Totals:
     collective_bytes: Counter[str] = field(default_factory=Counter)
     collective_runs: Counter[str] = field(default_factory=Counter)
     kernels: Counter[str] = field(default_factory=Counter)  # runs of what has no cycles, by name
+    kernel_cycles: Counter[str] = field(default_factory=Counter)  # of those that have, in `cycles`
     unread_loops: set[str] = field(default_factory=set)  # counted as if they turned once
 
     def add(self, other: "Totals", times: int = 1) -> None:
@@ -31,6 +32,7 @@ class Totals:
         _add(self.collective_bytes, other.collective_bytes, times)
         _add(self.collective_runs, other.collective_runs, times)
         _add(self.kernels, other.kernels, times)
+        _add(self.kernel_cycles, other.kernel_cycles, times)
         self.unread_loops |= other.unread_loops
 
 
@@ -76,6 +78,8 @@ class _Walk:
                 totals.add(self.computation(name, part))
         if (cycles := self.reading(op)) is not None:
             totals.cycles[part] += cycles
+            if op.is_custom_kernel:
+                totals.kernel_cycles["/".join(part)] += cycles
         elif op.is_custom_kernel:
             totals.kernels["/".join((*part, op.name))] += 1
 

@@ -4,11 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from mmjax.objectives import walk as walking
 from mmjax.objectives.folds import Draw, Hit, InfoNce, Sigmoid, Taught, pair_gumbel
+from mmjax.objectives.partners import fetch
 from mmjax.objectives.walk import Scale, Side, walk
+from mmjax.sharding import BATCH_AXES
 from tests.models.reference import assert_close
 from tests.objectives.fakes import negative_probabilities, unit_vectors
 
@@ -142,6 +144,39 @@ def test_gradients_are_those_of_the_matrix(devices, learns, monkeypatch):
     assert_close(found[:2], expected[:2])
     assert_close(found[2:], expected[2:] if learns else jax.tree.map(jnp.zeros_like, expected[2:]))
     assert all(np.abs(x).max() > 1e-2 for x in jax.tree.leaves(expected))
+
+
+def temporary_bytes(batch, tokens):
+    """Of a device of eight: losses, gradients, draws, and the partners that were drawn."""
+
+    def sides(images, texts):
+        number = jnp.arange(batch)
+        return (Side(x, number, number >= 0, number, number) for x in (images, texts))
+
+    def loss(vectors, features):
+        rows, candidates = sides(*vectors)
+        scale = Scale(jnp.ones(()), jnp.zeros(()))
+        losses, (drawn, _) = walk(scale, rows, (candidates,), (InfoNce(), Draw(KEY)))
+        fused = fetch(features, drawn) if tokens else jnp.zeros(1)
+        return losses.mean() + jnp.square(fused).mean(), drawn
+
+    with on_devices(8, 2):
+        split = NamedSharding(jax.sharding.get_mesh(), PartitionSpec(BATCH_AXES))
+        of = [jax.ShapeDtypeStruct(shape, jnp.float32, sharding=split)
+              for shape in ((batch, 32), (batch, 32), (batch, max(tokens, 1), 64))]  # fmt: skip
+        learn = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))
+        compiled = learn.lower(tuple(of[:2]), of[2]).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize("tokens", [0, 16])
+def test_memory_grows_with_the_rows_and_not_with_their_square(tokens, monkeypatch):
+    monkeypatch.setattr(walking, "CHUNK", 64)
+    small, large = (temporary_bytes(batch, tokens) for batch in (512, 4096))
+    assert large < 8.5 * small  # the matrix is 64 times as large
+    share = 4096 // 8
+    fetched = 4 * share * tokens * 64  # bytes of what a device fetches
+    assert large < 4 * share * 64 * 12 + 6 * fetched  # 12 arrays as large as a chunk's scores
 
 
 def test_draws_are_the_largest_sums_of_logit_and_noise():

@@ -119,8 +119,9 @@ def test_a_plan_for_2048_chips_is_json_and_nothing_else():
     assert result.returncode == 0, result.stderr
     plan = json.loads(result.stdout)
     assert list(plan) == [
-        *("topology", "chips", "parameters", "flops_per_step", "hbm_bytes", "cycles", "mfu"),
-        *("collective_bytes", "uncounted_kernels", "fits"),
+        *("topology", "chips", "batch_size", "parameters", "flops_per_step", "hbm_bytes"),
+        *("cycles", "mfu", "collective_bytes", "counted_kernels", "uncounted_kernels"),
+        *("unread_loops", "fits"),
     ]
     assert list(plan["hbm_bytes"]) == [
         *("arguments", "temporary", "output", "alias", "peak", "limit")

@@ -49,7 +49,10 @@ def plan():
         collective_runs=Counter({"all-reduce": 7}),
         kernels=Counter({"image/attention/core/kernel": 12}),
     )
-    floor = Totals(cycles=Counter({("image", "attention", "core"): 3_000_000_000}))
+    floor = Totals(
+        cycles=Counter({("image", "attention", "core"): 3_000_000_000}),
+        kernel_cycles=Counter({"image/attention/core/kernel": 2_000_000_000}),
+    )
     return Plan(step(topology("v5e", 4), memory), estimate, floor, activations=2 * GIB)
 
 
@@ -72,6 +75,8 @@ def test_a_chip_of_two_devices_has_the_memory_and_traffic_of_both():
 
 def test_a_kernel_counts_as_uncounted_only_where_no_schedule_tells(plan):
     assert plan.as_json()["uncounted_kernels"] == {}
+    assert plan.as_json()["counted_kernels"] == {"image/attention/core/kernel": 2_000_000_000}
+    assert "by their schedules: image/attention/core/kernel 2,000.00 M." in format_plan(plan, "x")
     estimated = Plan(plan.step, plan.estimate)
     assert estimated.as_json()["uncounted_kernels"] == {"image/attention/core/kernel": 12}
     text = format_plan(estimated, "a recipe")

@@ -81,6 +81,7 @@ def test_an_op_takes_the_larger_of_its_bundles_and_its_traffic():
     row = 6 * 9  # no kernel of its own: the estimate
     assert floor.cycles.total() == row + wide + 4000 + 30
     assert not floor.kernels
+    assert floor.kernel_cycles.total() == 4000
 
 
 def test_a_loop_reads_a_slice_of_what_is_stacked_over_its_turns():
