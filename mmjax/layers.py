@@ -98,7 +98,12 @@ class StackConfig:
 
 
 class Linear(nnx.LinearGeneral):
-    """x · kernel + bias: the product in `dtype`, the bias and its gradient in float32."""
+    """x · kernel + bias: the product in `dtype`, the bias and its gradient in float32.
+
+    `joined` keeps the axes of its kernel together on a TPU, see `mmjax.layouts.matrix`.
+    """
+
+    joined = False
 
     def __call__(  # type: ignore[override]  # (laid out by rules, from outside)
         self, x: Float[Array, "..."]
@@ -107,10 +112,10 @@ class Linear(nnx.LinearGeneral):
         kernel, axes = self.kernel[...].astype(self.dtype), len(self.axis)
         rows, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
         # A product of matrices, however many axes the kernel has.
-        x, kernel = x.astype(self.dtype).reshape(*rows, -1), matrix(kernel, axes)
-        y = x @ kernel
+        y = x.astype(self.dtype).reshape(*rows, -1) @ matrix(kernel, axes, self.joined)
         if self.bias is not None:
-            y = (y.astype(jnp.float32) + matrix(self.bias[...], 0)).astype(self.dtype)
+            bias = matrix(self.bias[...], 0, self.joined)
+            y = (y.astype(jnp.float32) + bias).astype(self.dtype)
         return y.reshape(*rows, *outputs)
 
 
@@ -120,9 +125,10 @@ def linear(
     dtype: str,
     rngs: nnx.Rngs,
     bias: bool = True,
+    joined: bool = False,
 ) -> Linear:
     """A dense layer over the last axes of its input, as many as `inputs` has sizes."""
-    return Linear(
+    layer = Linear(
         inputs,
         outputs,
         axis=-1 if isinstance(inputs, int) else tuple(range(-len(inputs), 0)),
@@ -131,6 +137,8 @@ def linear(
         kernel_init=_KERNEL_INIT,
         rngs=rngs,
     )
+    layer.joined = joined
+    return layer
 
 
 def embedding(rows: int, width: int, dtype: str, rngs: nnx.Rngs) -> nnx.Embed:
@@ -173,10 +181,11 @@ class Attention(nnx.Module):
         heads = (config.heads, config.width // config.heads)
         context_width, bias = context_width or config.width, config.qkv_bias
         self.implementation = config.attention
-        self.query = linear(config.width, heads, config.dtype, rngs, bias)
-        self.key = linear(context_width, heads, config.dtype, rngs, bias)
-        self.value = linear(context_width, heads, config.dtype, rngs, bias)
-        self.out = linear(heads, config.width, config.dtype, rngs)
+        joined = config.attention == "fused"  # XLA's own attention wants heads apart
+        self.query = linear(config.width, heads, config.dtype, rngs, bias, joined)
+        self.key = linear(context_width, heads, config.dtype, rngs, bias, joined)
+        self.value = linear(context_width, heads, config.dtype, rngs, bias, joined)
+        self.out = linear(heads, config.width, config.dtype, rngs, joined=joined)
 
     def __call__(
         self,

@@ -31,16 +31,17 @@ def heads_in_columns(x: jax.Array) -> jax.Array:
     return _laid_out(x, (0, 2, 3, 1))
 
 
-def matrix(x: jax.Array, inputs: int) -> jax.Array:
+def matrix(x: jax.Array, inputs: int, kept: bool = False) -> jax.Array:
     """`x` with its first `inputs` axes joined into one, if any, and the others into another.
 
     Left to itself XLA takes the heads of an attention's kernel apart again, above all for the
-    gradient, and lays out activations so that heads are rows of their own, a copy of each.
+    gradient, and lays out activations so that heads are rows of their own. Where what attends wants
+    them side by side, that is a copy of each, and they are `kept` joined.
     """
     joined = x.reshape(*([math.prod(x.shape[:inputs])] if inputs else []), -1)
-    if joined.shape == x.shape or platform.current() != "tpu":
-        return joined
-    return jax.lax.optimization_barrier(joined)
+    if kept and joined.shape != x.shape and platform.current() == "tpu":
+        return jax.lax.optimization_barrier(joined)
+    return joined
 
 
 def _laid_out(x: jax.Array, axes: tuple[int, ...]) -> jax.Array:

@@ -9,6 +9,7 @@ from mmjax import layouts, platform
 from mmjax.sharding import HEADS_SPLIT, MASK_SPLIT, make_mesh, per_device
 
 
+@pytest.mark.parametrize("kept", [False, True])
 @pytest.mark.parametrize("backend", ["cpu", "tpu"])
 @pytest.mark.parametrize(
     ("shape", "inputs", "expected"),
@@ -20,16 +21,16 @@ from mmjax.sharding import HEADS_SPLIT, MASK_SPLIT, make_mesh, per_device
         ((3, 4), 1, (3, 4)),
     ],
 )
-def test_a_kernel_as_a_matrix(shape, inputs, expected, backend):
+def test_a_kernel_as_a_matrix(shape, inputs, expected, backend, kept):
     kernel = jnp.arange(np.prod(shape), dtype=jnp.float32).reshape(shape)
     with platform.assume(backend):
-        found = layouts.matrix(kernel, inputs)
-        gradient = jax.grad(lambda x: (layouts.matrix(x, inputs) ** 2).sum())(kernel)
-        program = str(jax.make_jaxpr(lambda x: layouts.matrix(x, inputs))(kernel))
+        found = layouts.matrix(kernel, inputs, kept)
+        gradient = jax.grad(lambda x: (layouts.matrix(x, inputs, kept) ** 2).sum())(kernel)
+        program = str(jax.make_jaxpr(lambda x: layouts.matrix(x, inputs, kept))(kernel))
     np.testing.assert_array_equal(found, np.reshape(kernel, expected))
     np.testing.assert_array_equal(gradient, 2 * kernel)
-    kept_apart = backend == "tpu" and shape != expected
-    assert ("optimization_barrier" in program) == kept_apart
+    barrier = kept and backend == "tpu" and shape != expected
+    assert ("optimization_barrier" in program) == barrier
 
 
 def test_on_a_tpu_each_device_lays_out_its_own_rows():

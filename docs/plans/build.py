@@ -30,11 +30,17 @@ class Planned(NamedTuple):
     overrides: tuple[str, ...] = ()
 
     @property
+    def schedules(self) -> bool:
+        """Whether it has the floor too; of one generation, as it takes as long again."""
+        return self.topology.startswith("v5e")
+
+    @property
     def flags(self) -> list[str]:
         """Of `python -m mmjax.plan`."""
         recipe = f"--config=configs/pretrain/{self.recipe}.py"
         overrides = (f"--config.{override}" for override in self.overrides)
-        return [recipe, f"--topology={self.topology}", *overrides, "--schedules"]
+        schedules = ["--schedules"] if self.schedules else []
+        return [recipe, f"--topology={self.topology}", *overrides, *schedules]
 
     @property
     def path(self) -> Path:
@@ -87,7 +93,9 @@ HEADER = """\
 What the TPU compiler says of the flagship recipes; nothing here was measured. How to read a plan:
 `docs/plan.md`. Written by `python docs/plans/build.py`, which runs for every row
 
-    python -m mmjax.plan --config=configs/pretrain/RECIPE.py --topology=TOPOLOGY --schedules
+    python -m mmjax.plan --config=configs/pretrain/RECIPE.py --topology=TOPOLOGY
+
+and on a v5e `--schedules`, which adds the floor.
 
 | recipe | topology | chips | pairs | HBM of a chip, GiB | M cycles: floor - estimate | MFU | plan |
 |---|---|---|---|---|---|---|---|
@@ -140,7 +148,8 @@ def pod_row(planned: Planned, plan: dict[str, Any]) -> str:
     hbm = f"{memory['peak'] / 2**30:.1f} of {memory['limit'] / 2**30:.1f}"
     speed = "does not fit"
     if plan["fits"]:
-        speed = f"{cycles['floor'] / 1e6:,.0f} - {cycles['estimate'] / 1e6:,.0f}"
+        floor = f"{cycles['floor'] / 1e6:,.0f} - " if planned.schedules else ""
+        speed = f"{floor}{cycles['estimate'] / 1e6:,.0f}"
     cells = [planned.recipe, plan["topology"], plan["chips"], f"{plan['batch_size']:,}", hbm, speed]
     return f"| {' | '.join(map(str, [*cells, _mfu(plan)]))} | {_link(planned)} |\n"
 
@@ -153,8 +162,8 @@ def kernels_row(planned: Planned, plan: dict[str, Any]) -> str:
 
 
 def _mfu(plan: dict[str, Any]) -> str:
-    """The bracket of both readings, if the step could be compiled."""
-    return f"{plan['mfu']['low']:.2f} - {plan['mfu']['high']:.2f}" if plan["fits"] else ""
+    """By the readings that there are."""
+    return " - ".join(f"{plan['mfu'][end]:.2f}" for end in ("low", "high") if plan["mfu"][end])
 
 
 def _sizes(plan: dict[str, Any]) -> str:
