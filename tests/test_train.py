@@ -39,7 +39,13 @@ def assert_same(one, two):
     jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
-@pytest.mark.parametrize("teaches", [False, True], ids=["plain", "with average and queue"])
+@pytest.mark.parametrize(
+    "teaches",
+    [
+        pytest.param(False, id="plain", marks=pytest.mark.slow),
+        pytest.param(True, id="with average and queue"),
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path, teaches):
     # A schedule that does not look at total_steps makes the two runs the same run.
     tiny_config.optimizer.schedule.kind = "constant"
@@ -90,6 +96,7 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     assert int(find_checkpoint(f"{tmp_path}@best").name) == best
 
 
+@pytest.mark.slow
 def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(tiny_config, tmp_path):
     train.train(tiny_config, tmp_path / "pretrain")
     for objective in tiny_config.objectives.values():
@@ -110,7 +117,10 @@ def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(tiny_config,
     assert "answering" not in before
 
 
-@pytest.mark.parametrize("parts", [("image", "text", "fusion"), ("image",)])
+@pytest.mark.parametrize(
+    "parts",
+    [("image", "text", "fusion"), pytest.param(("image",), marks=pytest.mark.slow)],
+)
 def test_bfloat16_trains_near_float32(tiny_config, tmp_path, parts):
     tiny_config.total_steps = 2
     train.train(tiny_config, tmp_path / "float32")

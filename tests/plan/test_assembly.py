@@ -74,4 +74,4 @@ def test_a_device_holds_what_a_real_state_would_lay_on_it(tiny_config):
     )
     assert sum(step.parameters.values()) == sum(x.size for x in jax.tree.leaves(state.params))
     memory = step.memory
-    assert memory.peak == memory.arguments + memory.temporary + memory.output - memory.alias
+    assert memory.arguments <= memory.peak <= memory.arguments + memory.temporary + memory.output

@@ -8,12 +8,10 @@ from mmjax.data.tokenizer import SPECIAL_TOKENS
 from tests.recipes.baselines import BASELINES
 from tests.recipes.fitting import ROOT, fit, recipes, tiny
 
-# These stand for all in the everyday suite: two towers, one stream with regions, and a momentum
-# model with a decoder.
+# These stand for all in the everyday suite: two towers, and one stream with regions.
 EVERYDAY = (
     "pretrain/siglip_b16",
     "pretrain/uniter_base",
-    "pretrain/blip_b16",
 )
 ENOUGH = 0.6  # of what a predictor reaches that does not look
 

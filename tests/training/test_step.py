@@ -149,9 +149,9 @@ def compiled_afresh():
     ("axes", "sharded"),
     [
         ({"data": 8}, True),
-        ({"data": 8}, False),
+        pytest.param({"data": 8}, False, marks=pytest.mark.slow),
         ({"data": 4, "fsdp": 2}, True),
-        ({"data": 2, "fsdp": 2, "tensor": 2}, True),
+        pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, True, marks=pytest.mark.slow),
     ],
     ids=["zero1", "data8", "data4_fsdp2", "data2_fsdp2_tensor2"],
 )
