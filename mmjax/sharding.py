@@ -215,9 +215,10 @@ def per_device(
         PartitionSpec() if array is None else _fitting(each, array.shape, mesh)
         for array, each in zip(arrays, free, strict=True)
     )
-    return jax.shard_map(
+    run = jax.shard_map(
         function, in_specs=specs, out_specs=specs[0], axis_names=split, check_vma=False
-    )(*arrays)  # fmt: skip
+    )
+    return run(*arrays)
 
 
 def gather_table(table: jax.Array) -> jax.Array:
