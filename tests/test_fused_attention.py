@@ -173,6 +173,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.experimental.topologies import get_topology_desc
 from mmjax import platform
 from mmjax.fused_attention import fused_attention
+from mmjax.remat import REMAT_POLICIES, named
 
 def outputs(query, key, value, mask):
     output, back = jax.vjp(lambda *x: fused_attention(*x, mask), query, key, value)
@@ -192,6 +193,21 @@ for name in ("v5e:2x2", "v5p:2x2x1", "v6e:2x2"):
         assert text.count('custom_call_target="tpu_custom_call"') == 2, text
         assert "all-gather" not in text, text
     print("compiled for", name)
+
+# Where what attention takes and gives is stored, so are the log sums: it is not computed again.
+def layer(query, key, value):
+    query, key, value = (named("projected", jnp.sin(x)) for x in (query, key, value))
+    return jnp.sin(named("heads", fused_attention(query, key, value)))
+
+def gradients(policy, *x):
+    output, back = jax.vjp(jax.checkpoint(layer, policy=REMAT_POLICIES[policy]), *x)
+    return back(output)
+
+for policy, runs in (("products", 2), ("full", 3)):
+    x = jax.ShapeDtypeStruct((8, 64, 2, 64), jnp.bfloat16, sharding=sharding)
+    with jax.set_mesh(mesh), platform.assume("tpu"):
+        text = jax.jit(gradients, static_argnums=0).lower(policy, x, x, x).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == runs, (policy, text)
 """
 
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from mmjax.objectives.ragged_exchange import turns_of
 from mmjax.sharding import BATCH_AXES, batch_devices
 
 NONE = -1  # in place of a row's number
@@ -15,7 +16,8 @@ NONE = -1  # in place of a row's number
 
 def bring(x: Shaped[Array, "share ..."], rows: Int[Array, " share"]) -> Shaped[Array, "share ..."]:
     """The rows of the global batch that this device asks for, of which it holds `x`."""
-    owner, turn = _turns(rows)
+    owner = rows // len(rows)
+    turn = turns_of(owner)
 
     def travel(number, found):
         request, wanted = _round(rows, owner, turn, number)
@@ -29,8 +31,9 @@ def give_back(
     of_fetched: Shaped[Array, "share ..."], rows: Int[Array, " share"]
 ) -> Shaped[Array, "share ..."]:
     """The other way: what belongs to a row, from all who asked for it, summed."""
-    owner, turn = _turns(rows)
     share = len(rows)
+    owner = rows // share
+    turn = turns_of(owner)
 
     def travel(number, found):
         request, wanted = _round(rows, owner, turn, number)
@@ -38,13 +41,6 @@ def give_back(
         return found.at[jnp.where(wanted == NONE, share, wanted)].add(arrived, mode="drop")
 
     return jax.lax.fori_loop(0, _rounds(turn), travel, jnp.zeros_like(of_fetched))
-
-
-def _turns(rows):
-    """Whose row each request is for, and how many requests to the same device come before it."""
-    owner = rows // len(rows)
-    same = owner[:, None] == owner
-    return owner, jnp.tril(same, -1).sum(axis=1)
 
 
 def _rounds(turn):

@@ -41,10 +41,7 @@ class Schedule(NamedTuple):
         """Of all devices' requests; `rows` are this one's."""
         share, wanted = len(rows), jax.lax.all_gather(rows, BATCH_AXES, tiled=True)
         owner, number = wanted // share, jnp.arange(len(wanted))
-        order = jnp.argsort(owner, stable=True)
-        first = jnp.searchsorted(owner[order], jnp.arange(batch_devices()))
-        turn = jnp.zeros_like(order).at[order].set(number - first[owner[order]])
-        return cls(owner, number // share, wanted % share, turn)
+        return cls(owner, number // share, wanted % share, turns_of(owner))
 
     def rounds(self, capacity: int) -> Int[Array, ""]:
         """How many it takes."""
@@ -72,6 +69,13 @@ class Schedule(NamedTuple):
             sent_at=count(self.requester, now & (self.owner < me)),
             received_at=count(self.owner, now & (self.requester < me)),
         )
+
+
+def turns_of(owner: Int[Array, " requests"]) -> Int[Array, " requests"]:
+    """Of each request, by the device that it is for, how many to the same one come before it."""
+    number, order = jnp.arange(len(owner)), jnp.argsort(owner, stable=True)
+    first = jnp.searchsorted(owner[order], jnp.arange(batch_devices()))
+    return jnp.zeros_like(order).at[order].set(number - first[owner[order]])
 
 
 def bring(x: Shaped[Array, "share ..."], rows: Int[Array, " share"]) -> Shaped[Array, "share ..."]:

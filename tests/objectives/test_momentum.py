@@ -201,6 +201,20 @@ def test_evaluation_is_the_plain_loss():
     assert found.metrics[accuracy] == expected.metrics[plain]
 
 
+def test_beside_the_plain_loss_each_keeps_its_own():
+    """Without an average both ask the same walk, and only one of them smooths its target."""
+    options = encodings(0), IMAGE_ID[0], [True] * ROWS
+    momentum, plain = MomentumContrastive(**OPTIONS), Contrastive(smoothing=0.5)
+    alone = [float(each(features_of(*options, average=False), KEY).total)
+             for each in (momentum, plain)]  # fmt: skip
+    together = features_of(*options, average=False)
+    for each in (plain, momentum):
+        each.prepare(together, KEY)
+    found = [float(each(together, KEY).total) for each in (momentum, plain)]
+    np.testing.assert_allclose(found, alone, rtol=1e-6)
+    assert abs(alone[0] - alone[1]) > 1e-3
+
+
 def test_the_accuracy_is_among_all_candidates():
     """Each picture is nearest to its own text, or to one in the queue."""
     texts = np.eye(WIDTH, dtype=np.float32)[:ROWS]

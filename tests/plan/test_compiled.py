@@ -153,12 +153,18 @@ def test_more_rows_gather_no_activations(recipe):
 
 @pytest.mark.slow
 @needs_libtpu
-def test_partners_travel_on_every_pod():
+@pytest.mark.parametrize(
+    ("topology", "collective"), [("v5e:8x8", "all-to-all"), ("v5p:2x2x2", "ragged-all-to-all")]
+)
+def test_partners_travel_on_every_pod(topology, collective):
     """Not all have the collective for it: the flagship's step compiles where it is missing."""
     flagship = "--config=configs/pretrain/coattention_b16.py:tiny"
-    result = run("mmjax.plan", flagship, "--topology=v5e:8x8", "--config.batch_size=128", "--json")
+    flags = [flagship, f"--topology={topology}", "--config.batch_size=128", "--json"]
+    result = run("mmjax.plan", *flags)
     assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout)["collective_bytes"]["all-to-all"] > 0
+    moved = json.loads(result.stdout)["collective_bytes"]
+    assert moved[collective] > 0
+    assert ("ragged-all-to-all" in moved) == (collective == "ragged-all-to-all")
 
 
 @pytest.mark.slow

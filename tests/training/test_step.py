@@ -270,6 +270,15 @@ def test_slices_are_refused_where_tokens_of_examples_are_compared():
         )
 
 
+def test_an_average_from_which_nobody_learns_changes_no_step():
+    """It is for evaluation, and so does not draw the negatives either."""
+    plain, averaged = (Run(one_device(), ema_decay=decay).steps(2) for decay in (0.0, 0.75))
+    for (state, metrics), (other, others) in zip(plain, averaged, strict=True):
+        jax.tree.map(np.testing.assert_array_equal, state.params, other.params)
+        assert {name: others[name] for name in metrics} == metrics
+        assert other.ema is not None
+
+
 def test_frozen_parameters_stay_and_have_no_moments():
     config = {
         "name": "adamw", "learning_rate": 0.01, "b1": 0.9, "b2": 0.99, "epsilon": 1e-8,
