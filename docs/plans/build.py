@@ -113,7 +113,7 @@ KERNELS_HEADER = """
 CHOICES_HEADER = """
 ## What each choice is worth
 
-The same with three layers in each tower, so that it compiles in a minute or two; every line has the
+The same with three layers in each tower, so that it compiles in minutes; every line has the
 choices of the lines before it.
 
 | choice | needed of a chip's HBM, GiB | estimate, M cycles | floor, M cycles |
