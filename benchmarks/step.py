@@ -9,8 +9,8 @@ benchmarks/torch_models.py, fed the same weights, pictures, texts, masks and (in
 false partners. That it is the same computation is held by the first step: losses that differ by
 more than 1e-4, or norms of the gradient by more than a thousandth, end the comparison.
 
-Ours scans over its layers and computes again what is cheap (`remat: dots`): on a CPU that is no
-slower than to unroll them and to keep everything (--remat=none --unroll), and takes less memory.
+Ours scans over its layers and computes again what is cheap (`remat: dots`): on a CPU that is about
+as fast as to unroll them (--unroll), and takes less memory.
 
 Each side is a process of its own that holds its model and waits: steps alternate, so that a
 machine that slows down slows both. Reported are medians of seconds by the clock and of processor

@@ -1,9 +1,9 @@
 """BridgeTower base (Xu et al. 2023): every fusion layer hears from the encoders' last layers.
 
-From the paper (section 4 and appendix A): CLIP's ViT-B/16 at 288 px, six cross-modal layers with
-a bridge from each of the last six layers of both encoders, masked language and matching, texts of
-50 tokens, batch 4,096, 100,000 steps, 10 % warm-up, linear, AdamW with decay 0.01, rate 1e-5 for
-encoders and five times that for the rest.
+From the paper (section 4 and appendix A; table 5, rows of the base model): CLIP's ViT-B/16 at
+288 px, six cross-modal layers with a bridge from each of the last six layers of both encoders,
+masked language and matching, texts of 50 tokens, batch 4,096, 100,000 steps, 10 % warm-up, linear,
+AdamW with decay 0.01, rate 1e-5 for encoders and five times that for the rest.
 Ours: BERT-base in place of RoBERTa, and what that brings, as in meter_b16.py.
 
 init_from: 'image' CLIP ViT-B/16's public weights, 'text' a BERT's.

@@ -1,12 +1,13 @@
 """LiT B/16 (Zhai et al. 2022): a locked picture tower, and a text tower that learns from it.
 
+The model of row mixed_B16B_2 in the table of the authors' published models (big_vision's
+README_lit.md): BERT-base, and no layer on top of the picture tower.
 From the paper (section 4 and appendix, the setting "Lu", or "LU" with public weights): the image
 tower is a pre-trained ViT-B/16 at 224 px that gets no gradient, the text tower a BERT-base from
 scratch or from public weights, texts of 16 tokens, batch 16,384, rate 1e-3, 10,000 warm-up steps,
 cosine over 55,000 steps; weight decay 1e-4, which big_vision does not multiply with the rate: 0.1
 here.
-Ours: AdamW, where the paper has a modified Adafactor; vectors meet in 768 dimensions, so that the
-image tower has no new layer.
+Ours: AdamW, where the paper has a modified Adafactor; the paper's steps, where that row has 60,000.
 
 Set init_from = {'image': FOLDER} to a ViT's public weights (and 'text' to a BERT's).
 Data: set data.source and data.root (docs/guides/adding_a_data_set.md).

@@ -1,11 +1,13 @@
 """VL-BERT-base (Su et al. 2020): every token carries a picture, every region a place in the text.
 
+The model of row vl-bert-base-prec in the authors' table of published models
+(PREPARE_PRETRAINED_MODELS.md): features of regions are given, not trained.
 From the paper (section 3.3): BERT-base, masked words with visual clues and masked regions with
 linguistic clues, 15 % of each in one pass, no matching (its ablation finds that it harms). From
 its published configuration (base_prec_withouttextonly_4x16G_fp32, an ablation of the paper):
 batch 256, 10 epochs of 3.3 million pairs, AdamW with decay 1e-4, rate 1e-7 a pair, 8,000 warm-up
-steps, linear, clipping at 10; features of regions are given, not trained, and texts come with
-pictures alone, where the paper's best mixes in a text corpus.
+steps, linear, clipping at 10; texts come with pictures alone, where the paper's best mixes in a
+text corpus.
 Ours: bfloat16, and pictures are not mirrored: their regions come from a file.
 
 init_from: 'text' BERT-base's public weights take the place of the stream's.
