@@ -100,6 +100,11 @@ def join_if_asked() -> None:
             cluster_detection_method="deactivate",
             **timeouts,
         )
+    if jax.default_backend() == "cpu":
+        # Each CPU process has another key in the compilation cache, and only process 0 writes
+        # there: the next time it loads its program, the others compile theirs, and the collectives
+        # of the two do not meet.
+        jax.config.update("jax_enable_compilation_cache", False)
     logging.info("Process %d of %d.", global_state.process_id, global_state.num_processes)
 
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, Key
 from mmjax.attention import attention, attention_scores, attention_weights
 from mmjax.attention_maps import SelfAttention, note_last_layer, note_self_attention
 from mmjax.errors import InputError, near_misses
-from mmjax.layouts import matrix, rows_first
+from mmjax.layouts import as_rows, matrix, rows_first
 from mmjax.normalisation import layer_norm
 from mmjax.remat import REMAT_POLICIES, named
 from mmjax.sharding import constrain_batch
@@ -112,7 +112,8 @@ class Linear(nnx.LinearGeneral):
         kernel, axes = self.kernel[...].astype(self.dtype), len(self.axis)
         rows, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
         # A product of matrices, however many axes the kernel has.
-        y = x.astype(self.dtype).reshape(*rows, -1) @ matrix(kernel, axes, self.joined)
+        x = as_rows(x.astype(self.dtype).reshape(*rows, -1))
+        y = x @ matrix(kernel, axes, self.joined)
         if self.bias is not None:
             bias = matrix(self.bias[...], 0, self.joined)
             y = (y.astype(jnp.float32) + bias).astype(self.dtype)

@@ -1,4 +1,4 @@
-"""In which order the axes of an activation lie in a TPU's memory, where XLA chooses badly."""
+"""How activations and kernels lie in memory, where XLA chooses badly."""
 
 import math
 
@@ -29,6 +29,15 @@ def heads_in_columns(x: jax.Array) -> jax.Array:
     head do not.
     """
     return _laid_out(x, (0, 2, 3, 1))
+
+
+def as_rows(x: jax.Array) -> jax.Array:
+    """[…, features] as a matrix on a CPU, as it is elsewhere.
+
+    For the gradient of a kernel a CPU would copy an activation whose rows have several axes; a TPU
+    would copy to join them, where tokens do not fill its tiles.
+    """
+    return x.reshape(-1, x.shape[-1]) if platform.current() == "cpu" else x
 
 
 def matrix(x: jax.Array, inputs: int, kept: bool = False) -> jax.Array:

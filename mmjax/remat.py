@@ -9,10 +9,11 @@ beside the D numbers that enter the layer:
 | `none` | whatever automatic differentiation likes | nothing |
 | `products` | 9 D: all of `NAMES` | norms, activation, the probabilities of attention |
 | `attention` | 5 D: all but `hidden` | and the first product of the MLP |
+| `heads` | 4 D: all but `hidden` and `attended` | and the last product of attention |
 | `dots` | 8 D: what products with weights give | norms, activation, attention |
 | `full` | none | everything: a third more FLOPs |
 
-A cross-attention stores 5 D more with the first two policies.
+A cross-attention stores 5 D more with `products` and `attention`, 4 D more with `heads`.
 """
 
 import jax
@@ -23,11 +24,17 @@ from jax.ad_checkpoint import checkpoint_name
 # of our own attention kernels one a head.
 NAMES = ("projected", "heads", "attended", "hidden", "statistics")
 
-_keep = jax.checkpoint_policies.save_only_these_names
+
+def _keep_all_but(*names):
+    kept = (name for name in NAMES if name not in names)
+    return jax.checkpoint_policies.save_only_these_names(*kept)
+
+
 REMAT_POLICIES = {
     "none": None,
-    "products": _keep(*NAMES),
-    "attention": _keep(*(name for name in NAMES if name != "hidden")),
+    "products": _keep_all_but(),
+    "attention": _keep_all_but("hidden"),
+    "heads": _keep_all_but("hidden", "attended"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }

@@ -91,12 +91,13 @@ class NormedConvolution(nnx.Module):
         activation: str = "",
     ):
         self.activation = activation
+        padding = padding or (kernel // 2, kernel // 2)
         self.convolution = nnx.Conv(
             inputs,
             outputs,
             (kernel, kernel),
             strides=stride,
-            padding=[padding or (kernel // 2, kernel // 2)] * 2,
+            padding=(padding, padding),  # (a tuple, as a model's structure is hashed)
             feature_group_count=groups,
             use_bias=False,
             dtype=jnp.dtype(config.dtype),

@@ -1,10 +1,12 @@
 """What every whole model has in common: named inputs in, named outputs out."""
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import jax
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
@@ -34,7 +36,8 @@ class Model(nnx.Module):
     ) -> dict[str, Any]:
         """All that the model has to say of a batch.
 
-        With `train=True` dropout is drawn from `key`; without, nothing is random.
+        With `train=True` dropout is drawn from `key`; without, nothing is random. Compiled anew for
+        inputs of another shape: pad texts, regions and pictures to few sizes.
 
         Raises InputError where an input is unknown or missing.
         """
@@ -48,10 +51,13 @@ class Model(nnx.Module):
                 f"{name} takes no input {unknown!r}.{near_misses(unknown, parameters)}"
             )
         _require(name, parameters, inputs)
-        arrays = {k: None if v is None else jax.numpy.asarray(v) for k, v in inputs.items()}
+        arrays = {
+            name: value if value is None or isinstance(value, jax.Array) else np.asarray(value)
+            for name, value in inputs.items()
+        }
         for name, array in arrays.items():
             _check(name, array)
-        return self.forward(**arrays, key=key)
+        return _forward(*nnx.split(self), arrays, key)
 
     # What objectives ask of a model, beside `encode_image`, `encode_text` and `fuse`. These are the
     # usual answers; a family whose heads read something else gives its own.
@@ -122,6 +128,12 @@ def taken(phase: Callable[..., Any], fields: Mapping[str, Any]) -> dict[str, Any
     return {name: fields[name] for name in inspect.signature(phase).parameters if name in fields}
 
 
+@functools.partial(jax.jit, static_argnames="graph")
+def _forward(graph: Any, state: Any, inputs: dict[str, Any], key: Any) -> dict[str, Any]:
+    """One program for all of it: called op by op, a model would be hundreds of small ones."""
+    return nnx.merge(graph, state).forward(**inputs, key=key)
+
+
 def _require(
     name: str, parameters: Mapping[str, inspect.Parameter], inputs: Mapping[str, Any]
 ) -> None:
@@ -130,7 +142,7 @@ def _require(
             raise InputError(f"{name} needs the input {needed!r}.")
 
 
-def _check(name: str, array: jax.Array | None) -> None:
+def _check(name: str, array: jax.Array | np.ndarray | None) -> None:
     """Refuse what would be taken for something else."""
     if array is None:
         return

@@ -59,7 +59,7 @@ class SwinConfig:
     std: tuple[float, ...] = field(default=(0.229, 0.224, 0.225))
 
     dtype: str = "float32"  # of activations: 'float32' or 'bfloat16'
-    remat: str = "none"  # a key of mmjax.layers.REMAT_POLICIES
+    remat: str = "none"  # a key of mmjax.remat.REMAT_POLICIES
     unroll: bool = False  # fewer copies of what is stored, and a program of every layer to compile
     attention: str = "auto"  # an implementation of mmjax.attention
 

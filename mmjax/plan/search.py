@@ -11,7 +11,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
-REMAT = ("none", "products", "dots", "attention", "full")  # from most kept to least
+REMAT = ("none", "products", "dots", "attention", "heads", "full")  # from most kept to least
 
 Overrides = tuple[str, ...]  # of the config, as flags
 

@@ -1,5 +1,6 @@
 """The training state: all that a step needs from the one before it, and all that is saved."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -49,12 +50,18 @@ class StateConfig:
 
 def graph_of(config: Any) -> nnx.GraphDef:
     """The model's structure without its parameters: what `nnx.merge` needs beside them."""
-    return nnx.split(abstract_model(config))[0]
+    return _traced(config)[0]
 
 
 def abstract_model(config: Any) -> Any:
     """The model with shapes in place of arrays."""
-    return nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0)))
+    return nnx.merge(*_traced(config))
+
+
+@functools.lru_cache(maxsize=4)  # a run asks for it in many places
+def _traced(config: Any) -> tuple[nnx.GraphDef, Parameters]:
+    graph, state = nnx.split(nnx.eval_shape(lambda: build_model(config, nnx.Rngs(0))))
+    return graph, nnx.to_pure_dict(state)
 
 
 def init_params(config: Any, key: Key[Array, ""]) -> Parameters:
@@ -64,19 +71,22 @@ def init_params(config: Any, key: Key[Array, ""]) -> Parameters:
 
 def abstract_params(config: Any, mesh: Mesh) -> Parameters:
     """Shapes, types and shardings of the parameters, without any memory behind them."""
-    shapes = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    return _with_shardings(shapes, mesh)
+    return _with_shardings(_traced(config)[1], mesh)
 
 
 def abstract_state(config: StateConfig, mesh: Mesh) -> TrainState:
     """The whole state's shapes, types and shardings."""
-    return _state_with_shardings(config, jax.eval_shape(_initialise(config)), mesh)
+    state = jax.eval_shape(_state_builder(config), _traced(config.model)[1])
+    return _state_with_shardings(config, state, mesh)
 
 
 def init_state(config: StateConfig, mesh: Mesh, *, seed: int) -> TrainState:
     """A fresh state, born sharded: no device ever holds more than its part."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(config, mesh))
-    return jax.jit(_initialise(config, seed), out_shardings=shardings)()
+    build = _state_builder(config)
+    return jax.jit(
+        lambda: build(init_params(config.model, jax.random.key(seed))), out_shardings=shardings
+    )()
 
 
 def state_from_params(config: StateConfig, params: Parameters, mesh: Mesh) -> TrainState:
@@ -87,11 +97,6 @@ def state_from_params(config: StateConfig, params: Parameters, mesh: Mesh) -> Tr
     build = _state_builder(config)
     abstract = _state_with_shardings(config, jax.eval_shape(build, params), mesh)
     return jax.jit(build, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, abstract))(params)
-
-
-def _initialise(config: StateConfig, seed: int = 0) -> Callable[[], TrainState]:
-    build = _state_builder(config)
-    return lambda: build(init_params(config.model, jax.random.key(seed)))
 
 
 def _state_builder(config: StateConfig) -> Callable[[Parameters], TrainState]:
