@@ -3,6 +3,8 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 RUNS := runs/quickstart
+# Further flags of the quickstart's trainings: make quickstart TRAIN=--config.total_steps=60
+TRAIN ?=
 
 .PHONY: quickstart test test-all parity lint clean
 
@@ -19,13 +21,13 @@ $(VENV)/installed-test: $(VENV)/installed
 
 # The whole life of a model. Started again, every step resumes or finds its work done.
 quickstart: $(VENV)/installed
-	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUNS)/pretrain
+	$(BIN)/python train.py --config=configs/quickstart.py --workdir=$(RUNS)/pretrain $(TRAIN)
 	$(BIN)/python eval.py --config=configs/evaluate/quickstart.py --checkpoint=$(RUNS)/pretrain \
 	  --output=$(RUNS)/scores/pretrain
 	$(BIN)/python train.py --config=configs/finetune/quickstart_vqa.py \
-	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/vqa
+	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/vqa $(TRAIN)
 	$(BIN)/python train.py --config=configs/finetune/quickstart_vqa.py:question_only \
-	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/question_only
+	  --config.init_from=$(RUNS)/pretrain --workdir=$(RUNS)/question_only $(TRAIN)
 	$(BIN)/python eval.py --config=configs/evaluate/quickstart.py:questions --checkpoint=$(RUNS)/vqa \
 	  --config.vqa.question_only=$(RUNS)/question_only --output=$(RUNS)/scores/vqa
 	$(BIN)/python -m mmjax.evaluation.report --output=$(RUNS) \

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 from jaxtyping import install_import_hook
 
+from tests.compilation import QUICKLY
+
 # The annotated shapes are checked while the tests run.
 CHECKED = [
     "mmjax.attention",
@@ -21,11 +23,9 @@ install_import_hook(CHECKED, "beartype.beartype")
 
 # All of this is read when jax is imported, which the tests do after this file.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8"
-    + " --xla_backend_optimization_level=0"  # half the time to compile, and tiny programs to run
-).strip()
+os.environ["XLA_FLAGS"] = " ".join(
+    [os.environ.get("XLA_FLAGS", ""), "--xla_force_host_platform_device_count=8", QUICKLY]
+)
 # XLA's thread pool: on few cores the collectives of eight devices block one another in it.
 os.environ.setdefault("NPROC", "32")
 os.environ.setdefault(
@@ -35,9 +35,11 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 
 
-@pytest.fixture
-def tiny_config():
-    """A recipe that compiles in seconds: one narrow layer of everything, on eight devices."""
+def _tiny_config():
+    """A recipe that compiles in seconds: one narrow layer of everything, on eight devices.
+
+    Its schedule does not look at total_steps: runs of any length are one program, compiled once.
+    """
     from configs import quickstart
 
     config = quickstart.get_config()
@@ -48,12 +50,27 @@ def tiny_config():
     config.model.text.update(**width)
     config.model.fusion.update(**width)
     config.model.embedding_width = 8
-    config.optimizer.schedule.warmup_steps = 1
+    config.optimizer.schedule.update(kind="constant", warmup_steps=1)
     config.log.update(every=1, tensorboard=False)
     config.checkpoint.every = 0
     config.eval.every = 0
     config.eval.batch_size, config.eval.data.size = 8, 20
     return config.lock()
+
+
+@pytest.fixture
+def tiny_config():
+    return _tiny_config()
+
+
+@pytest.fixture(scope="session")
+def pretrained(tmp_path_factory) -> Path:
+    """The workdir of four steps of the tiny recipe; who changes it copies it first."""
+    import train
+
+    workdir = tmp_path_factory.mktemp("pretrained")
+    train.train(_tiny_config(), workdir)
+    return workdir
 
 
 @pytest.fixture(scope="session")

@@ -35,8 +35,9 @@ def recipe(changes):
 
 def main(_):
     distributed.join_if_asked()
-    for job in json.loads(Path(JOBS.value).read_text()):
-        train.train(recipe(job["config"]), epath.Path(job["workdir"]))
+    with distributed.ending_together():
+        for job in json.loads(Path(JOBS.value).read_text()):
+            train.train(recipe(job["config"]), epath.Path(job["workdir"]))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from mmjax.distributed import PLACING
+from tests.compilation import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -45,8 +46,7 @@ def start(*command, processes, devices=1, different=None, by_flags=True):
             env=os.environ
             | placed(number)[1]
             | {
-                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} "
-                "--xla_backend_optimization_level=0",
+                "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY}",
                 "PYTHONUNBUFFERED": "1",
             },
             stdout=subprocess.PIPE,

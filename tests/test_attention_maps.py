@@ -28,7 +28,7 @@ def text_batch():
     rng = np.random.default_rng(0)
     text = rng.integers(1, 40, (3, 9))
     mask = np.arange(9) < np.array([9, 5, 7])[:, None]
-    return jnp.asarray(text), jnp.asarray(mask)
+    return jnp.array(text), jnp.array(mask)
 
 
 def last_maps(graph, params, text, mask, key=None):

@@ -6,7 +6,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+
+from tests.compilation import QUICKLY
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--width=64", "--depth=1", "--pixels=64", "--batch=4", "--words=99", "--threads=1"]
@@ -17,7 +20,7 @@ def call(name, *arguments, **environment):
         [sys.executable, f"benchmarks/{name}.py", *map(str, arguments)],
         cwd=ROOT,
         # One device: the tests' own flags show jax eight.
-        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", **environment},
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICKLY, **environment},
         capture_output=True,
         text=True,
         timeout=600,
@@ -48,12 +51,22 @@ def test_the_gpu_benchmark_runs_the_real_step_at_toy_size(tmp_path):
     assert "| B/16 | cudnn | full | refused |" in ended.stdout
 
 
-def test_without_torch_the_comparison_says_what_to_install(tmp_path):
+@pytest.mark.parametrize("name", ["step", "products"])
+def test_without_torch_the_comparison_says_what_to_install(name, tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('no torch')\n")
-    ended = call("step", PYTHONPATH=str(tmp_path))
+    ended = call(name, PYTHONPATH=str(tmp_path))
     assert ended.returncode == 2
     assert "pip install -e '.[parity]'" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_products_are_the_same_in_both():
+    pytest.importorskip("torch")
+    from benchmarks.products import products
+
+    for name, ours, theirs in products(rows=5, inputs=4, outputs=3):
+        expected = theirs().T if name == "kernel's gradient" else theirs()
+        np.testing.assert_allclose(ours(), expected, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 @pytest.mark.parametrize(

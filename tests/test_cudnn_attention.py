@@ -20,10 +20,10 @@ MASKS = {
 @pytest.mark.parametrize("mask", MASKS)
 def test_masks_are_spelt_out_and_lengths_even(mask, biased, monkeypatch):
     rng = np.random.default_rng(0)
-    query = jnp.asarray(rng.normal(size=(BATCH, QUERIES, HEADS, WIDTH)), jnp.float32)
-    key, value = jnp.asarray(rng.normal(size=(2, BATCH, KEYS, HEADS, WIDTH)), jnp.float32)
-    bias = jnp.asarray(rng.normal(size=(1, HEADS, QUERIES, KEYS)), jnp.float32) if biased else None
-    mask = None if MASKS[mask] is None else jnp.asarray(MASKS[mask])
+    query = jnp.array(rng.normal(size=(BATCH, QUERIES, HEADS, WIDTH)), jnp.float32)
+    key, value = jnp.array(rng.normal(size=(2, BATCH, KEYS, HEADS, WIDTH)), jnp.float32)
+    bias = jnp.array(rng.normal(size=(1, HEADS, QUERIES, KEYS)), jnp.float32) if biased else None
+    mask = None if MASKS[mask] is None else jnp.array(MASKS[mask])
     real, asked = jax.nn.dot_product_attention, []
 
     def kernel(query, key, value, bias=None, mask=None, *, implementation):

@@ -233,19 +233,19 @@ def test_a_step_does_what_a_call_on_the_whole_does(norm, cross):
     )
     blocks = nnx.merge(graph, params)
     rng = np.random.default_rng(0)
-    x = jnp.asarray(rng.normal(size=(4, 7, 16)), jnp.float32)
-    context = jnp.asarray(rng.normal(size=(2, 5, 12)), jnp.float32) if cross else None
-    context_mask = jnp.asarray(np.arange(5) < np.array([[5], [3]])) if cross else None
+    x = jnp.array(rng.normal(size=(4, 7, 16)), jnp.float32)
+    context = jnp.array(rng.normal(size=(2, 5, 12)), jnp.float32) if cross else None
+    context_mask = jnp.array(np.arange(5) < np.array([[5], [3]])) if cross else None
     padding = np.array([0, 2])
     mask = np.tril(np.ones((7, 7), bool)) & (np.arange(7) >= np.repeat(padding, 2)[:, None, None])
     twice = jax.tree.map(lambda x: x.repeat(2, axis=0), (context, context_mask))
-    expected = blocks(x, jnp.asarray(mask), twice[0], None if not cross else twice[1][:, None])
-    start = caches.start(blocks, config, 9, jnp.asarray(padding), context, context_mask)
+    expected = blocks(x, jnp.array(mask), twice[0], None if not cross else twice[1][:, None])
+    start = caches.start(blocks, config, 9, jnp.array(padding), context, context_mask)
     step = nnx.jit(caches.step)
     for widths in ([1] * 7, [3, 1, 2, 1], [7]):
         memory, at = start.repeated(2), 0
         for width in widths:
-            found, memory = step(blocks, x[:, at : at + width], memory, jnp.asarray(at))
+            found, memory = step(blocks, x[:, at : at + width], memory, jnp.array(at))
             seen = mask[:, range(at, at + width), range(at, at + width)]
             np.testing.assert_allclose(
                 found[seen], expected[:, at : at + width][seen], atol=2e-5, err_msg=str(widths)
@@ -307,7 +307,7 @@ class Constant(nnx.Module):
     max_length = 100_000
 
     def __init__(self, scores):
-        self.scores = nnx.Param(jnp.asarray(scores, jnp.float32))
+        self.scores = nnx.Param(jnp.array(scores, jnp.float32))
 
     def start(self, padding, length):
         return self.Nothing()
@@ -348,7 +348,7 @@ def kept(config):
 def test_what_is_drawn_from(options):
     config = GenerationConfig(do_sample=True).changed(options)
     expected = kept(config)
-    scores = sharpen(jnp.asarray(np.tile(SCORES, (2, 1)), jnp.float32), config)
+    scores = sharpen(jnp.array(np.tile(SCORES, (2, 1)), jnp.float32), config)
     np.testing.assert_allclose(jax.nn.softmax(scores)[1], expected, atol=1e-6)
     config = replace(config, max_new_tokens=1500)
     found = generate(Constant(SCORES), config, np.zeros((2, 1), int), key=jax.random.key(0))

@@ -87,10 +87,14 @@ def run_script(failing, **options):
     return [process.returncode for process in started], written, time.monotonic() - begun
 
 
-def test_two_processes_meet_by_variables():
+def test_two_processes_meet_by_variables_without_a_compilation_cache(tmp_path, monkeypatch):
+    """Process 0 alone would write there: the next time it would load what the others compile."""
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     statuses, written, _ = run_script("", processes=2, by_flags=False)
     assert statuses == [0, 0], written
     assert all("gathered 4.0" in text for text in written)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.slow

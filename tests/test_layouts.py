@@ -1,11 +1,15 @@
 """Layouts change no numbers, and leave every device its own rows."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from mmjax import layouts, platform
+from mmjax.layers import linear
 from mmjax.sharding import HEADS_SPLIT, MASK_SPLIT, make_mesh, per_device
 
 
@@ -31,6 +35,19 @@ def test_a_kernel_as_a_matrix(shape, inputs, expected, backend, kept):
     np.testing.assert_array_equal(gradient, 2 * kernel)
     barrier = kept and backend == "tpu" and shape != expected
     assert ("optimization_barrier" in program) == barrier
+
+
+def test_on_a_cpu_a_kernels_gradient_copies_no_activation():
+    layer = linear(16, 64, "float32", nnx.Rngs(0))
+    x = jnp.ones((8, 12, 16))
+
+    def gradient(layer, gradient):
+        return jax.vjp(lambda layer: layer(x), layer)[1](gradient)
+
+    program = jax.jit(gradient).lower(layer, jnp.ones((8, 12, 64))).compile().as_text()
+    copied = re.findall(r"f32\[([\d,]+)\]\S* (?:copy|transpose)\(", program)
+    sizes = [np.prod([int(size) for size in shape.split(",")]) for shape in copied]
+    assert 8 * 12 * 64 not in sizes
 
 
 def test_on_a_tpu_each_device_lays_out_its_own_rows():

@@ -14,8 +14,8 @@ WIDTH, EPSILON = 48, 1e-6
 def made(dtype="float32"):
     norm = layer_norm(WIDTH, EPSILON, dtype, nnx.Rngs(0))
     draw = np.random.default_rng(1).normal
-    norm.scale[...] = jnp.asarray(1 + 0.3 * draw(size=WIDTH), jnp.float32)
-    norm.bias[...] = jnp.asarray(draw(size=WIDTH), jnp.float32)
+    norm.scale[...] = jnp.array(1 + 0.3 * draw(size=WIDTH), jnp.float32)
+    norm.bias[...] = jnp.array(draw(size=WIDTH), jnp.float32)
     return norm
 
 
@@ -37,7 +37,7 @@ def test_values_are_exact_far_from_zero_too(mean):
 
 
 def test_half_precision_is_rounded_once():
-    norm, x = made("bfloat16"), jnp.asarray(drawn(), jnp.bfloat16)
+    norm, x = made("bfloat16"), jnp.array(drawn(), jnp.bfloat16)
     found = norm(x)
     assert found.dtype == jnp.bfloat16
     expected = formula(x, norm.scale[...], norm.bias[...])

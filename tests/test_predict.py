@@ -13,7 +13,6 @@ from flax import nnx
 from PIL import Image
 
 import mmjax
-import train
 from mmjax.config import model_config, model_section
 from mmjax.errors import InputError
 from mmjax.models import build_model
@@ -73,13 +72,11 @@ def test_labels_need_a_picture_alone(folder, photo):
     assert {line.split()[-1] for line in lines} == {"LABEL_0", "LABEL_1", "LABEL_2"}
 
 
-def test_a_model_of_train_py_compares_and_judges(tiny_config, tmp_path, photo):
-    tiny_config.total_steps = 1
-    train.train(tiny_config, tmp_path / "run")
-    lines = predict(str(tmp_path / "run"), image=photo, text=["a red ball"]).splitlines()
+def test_a_model_of_train_py_compares_and_judges(pretrained, photo):
+    lines = predict(str(pretrained), image=photo, text=["a red ball"]).splitlines()
     assert lines[0].split("  ") == ["score", "belongs to it"]
     assert lines[1].endswith("%  a red ball")
-    listed = predict(str(tmp_path / "run"))
+    listed = predict(str(pretrained))
     assert "--text: compare the picture with texts" in listed
     assert "--question" not in listed
 

@@ -33,7 +33,7 @@ def stored_numbers(policy, rows):
 
 @pytest.mark.parametrize(
     ("policy", "widths", "more"),
-    [("products", 9, 4), ("attention", 5, 4), ("dots", 8, 0), ("full", 0, 0)],
+    [("products", 9, 4), ("attention", 5, 4), ("heads", 4, 4), ("dots", 8, 0), ("full", 0, 0)],
 )
 def test_a_token_stores_what_the_table_says(policy, widths, more):
     rows = 4  # what does not grow with rows are parameters
@@ -49,7 +49,7 @@ def test_without_a_policy_more_is_stored():
 @pytest.mark.parametrize("unroll", [False, True])
 @pytest.mark.parametrize("policy", REMAT_POLICIES)
 def test_gradients_are_those_without_remat(policy, unroll):
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)), jnp.float32)
+    x = jnp.array(np.random.default_rng(0).normal(size=(2, LENGTH, WIDTH)), jnp.float32)
     expected = nnx.grad(loss)(stack("none"), x)
     found = nnx.jit(nnx.grad(loss))(stack(policy, unroll=unroll), x)
     assert jax.tree.structure(found) == jax.tree.structure(expected)

@@ -22,15 +22,15 @@ def two_rows_at_a_time(monkeypatch):
 def inputs(dtype=jnp.float32):
     draw = np.random.default_rng(0).standard_normal
     shapes = [(ROWS, QUERIES, HEADS, WIDTH), *[(ROWS, KEYS, HEADS, WIDTH)] * 2]
-    return [jnp.asarray(draw(shape), dtype) for shape in shapes]
+    return [jnp.array(draw(shape), dtype) for shape in shapes]
 
 
 def masks():
     rows = np.arange(KEYS) < np.arange(ROWS)[:, None]  # the first looks nowhere
     return {
         "none": None,
-        "by row": jnp.asarray(rows[:, None]),
-        "for all": jnp.asarray(np.tri(QUERIES, KEYS, 2, bool)[None]),
+        "by row": jnp.array(rows[:, None]),
+        "for all": jnp.array(np.tri(QUERIES, KEYS, 2, bool)[None]),
     }
 
 
@@ -60,7 +60,7 @@ def test_values_are_those_of_the_formula(mask):
 
 @pytest.mark.parametrize("mask", masks().values(), ids=masks())
 def test_gradients_are_those_of_the_plain_one(mask):
-    weights = jnp.asarray(np.random.default_rng(1).standard_normal((ROWS, QUERIES, HEADS, WIDTH)))
+    weights = jnp.array(np.random.default_rng(1).standard_normal((ROWS, QUERIES, HEADS, WIDTH)))
 
     def gradients(name):
         loss = lambda *x: jnp.vdot(weights, attention(*x, mask, name))  # noqa: E731

@@ -1,28 +1,31 @@
 """The training program, as a user runs it."""
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
-from flax import nnx
 
-import mmjax
 import train
-from mmjax import config as configuration
-from mmjax import schema
-from mmjax.data.tokenizer import SPECIAL_TOKENS, TextTokenizer
 from mmjax.errors import InputError
-from mmjax.models import ViTConfig
-from mmjax.models.encoders import ImageModel, ImageModelConfig
-from mmjax.training.checkpoints import find_checkpoint, load_assets, load_parameters
-from mmjax.weights import save_checkpoint
+from mmjax.training.checkpoints import (
+    Checkpointer,
+    find_checkpoint,
+    load_assets,
+    load_parameters,
+)
+from mmjax.training.program import Program
+from tests.models.reference import assert_same
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -35,38 +38,26 @@ def losses_of(workdir):
     return [line["train/loss"] for line in log_of(workdir) if "train/loss" in line]
 
 
-def assert_same(one, two):
-    jax.tree.map(np.testing.assert_array_equal, one, two)
-
-
-@pytest.mark.parametrize(
-    "teaches",
-    [
-        pytest.param(False, id="plain", marks=pytest.mark.slow),
-        pytest.param(True, id="with average and queue"),
-    ],
-)
-def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path, teaches):
-    # A schedule that does not look at total_steps makes the two runs the same run.
-    tiny_config.optimizer.schedule.kind = "constant"
-    if teaches:
-        tiny_config.objectives.contrastive.weight = 0.0
-        tiny_config.objectives.momentum_contrastive.update(weight=1.0, queue_size=24)
-        tiny_config.objectives.masked_language.update(distill=0.4, ramp_steps=3)
-        tiny_config.optimizer.ema_decay = 0.9
+def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path):
+    """With all that a state may hold: moments, an average, a queue, a count for the ramp."""
+    tiny_config.objectives.contrastive.weight = 0.0
+    tiny_config.objectives.momentum_contrastive.update(weight=1.0, queue_size=24)
+    tiny_config.objectives.masked_language.update(distill=0.4, ramp_steps=3)
+    tiny_config.optimizer.ema_decay = 0.9
+    tiny_config.checkpoint.update(every=2, keep=2)
     train.train(tiny_config, tmp_path / "whole")
-    tiny_config.total_steps = 2
-    train.train(tiny_config, tmp_path / "parts")
-    tiny_config.total_steps = 4
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(find_checkpoint(f"{tmp_path}/parts@4"))  # as if it had ended at step 3
     train.train(tiny_config, tmp_path / "parts")
     assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
-    assert_same(load_parameters(tmp_path / "parts"), load_parameters(tmp_path / "whole"))
-    if teaches:
-        assert log_of(tmp_path / "parts")[-1]["train/momentum_contrastive/queue_filled"] == 1
+    for ema in (False, True):
+        one, two = (load_parameters(tmp_path / name, ema=ema) for name in ("parts", "whole"))
+        assert_same(one, two)
+    assert log_of(tmp_path / "parts")[-1]["train/momentum_contrastive/queue_filled"] == 1
 
 
 def test_what_a_run_leaves_behind(tiny_config, tmp_path):
-    tiny_config.eval.every, tiny_config.eval.retrieval.run = 2, True
+    tiny_config.eval.every, tiny_config.eval.retrieval.run = 3, True
     tiny_config.checkpoint.best_metric = "retrieval/image_to_text/R@1"
     tiny_config.log.profile, tiny_config.total_steps = 1, 6
     train.train(tiny_config, tmp_path)
@@ -82,7 +73,7 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
     assert {"train/input_wait_seconds", "train/model_tflops_per_second"} < last.keys()
     assert "train/mfu" not in last  # the CPU's peak is not in the table
     evaluated = [line for line in log if "eval/retrieval/image_to_text/R@1" in line]
-    assert [line["step"] for line in evaluated] == [2, 4, 6]
+    assert [line["step"] for line in evaluated] == [3, 6]
     assert "eval/matching/loss" in evaluated[0]
     assert load_assets(tmp_path)["config"]["model"]["text"]["vocabulary_size"] > 100
     config = json.loads((tmp_path / "config.json").read_text())
@@ -97,18 +88,19 @@ def test_what_a_run_leaves_behind(tiny_config, tmp_path):
 
 
 @pytest.mark.slow
-def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(tiny_config, tmp_path):
-    train.train(tiny_config, tmp_path / "pretrain")
+def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(
+    tiny_config, pretrained, tmp_path
+):
     for objective in tiny_config.objectives.values():
         objective.weight = 0.0
     tiny_config.objectives.answering.weight = 1.0
     tiny_config.data.task = "questions"
     tiny_config.data.image_size = 96
-    tiny_config.init_from = str(tmp_path / "pretrain")
+    tiny_config.init_from = str(pretrained)
     tiny_config.total_steps = 1
     tiny_config.optimizer.learning_rate = 0.0
     train.train(tiny_config, tmp_path / "vqa")
-    before, after = load_parameters(tmp_path / "pretrain"), load_parameters(tmp_path / "vqa")
+    before, after = load_parameters(pretrained), load_parameters(tmp_path / "vqa")
     assert_same(before["text"], after["text"])
     assert_same(before["fusion"], after["fusion"])
     assert before["image"]["position_embedding"].shape == (5, 16)
@@ -121,37 +113,37 @@ def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(tiny_config,
     "parts",
     [("image", "text", "fusion"), pytest.param(("image",), marks=pytest.mark.slow)],
 )
-def test_bfloat16_trains_near_float32(tiny_config, tmp_path, parts):
-    tiny_config.total_steps = 2
-    train.train(tiny_config, tmp_path / "float32")
+def test_bfloat16_trains_near_float32(tiny_config, pretrained, tmp_path, parts):
     for part in parts:
         tiny_config.model[part].dtype = "bfloat16"
-    train.train(tiny_config, tmp_path / "bfloat16")
-    np.testing.assert_allclose(
-        losses_of(tmp_path / "bfloat16"), losses_of(tmp_path / "float32"), rtol=0.02
-    )
-    for leaf in jax.tree.leaves(load_parameters(tmp_path / "bfloat16")):
+    train.train(tiny_config, tmp_path)
+    np.testing.assert_allclose(losses_of(tmp_path), losses_of(pretrained), rtol=0.02)
+    for leaf in jax.tree.leaves(load_parameters(tmp_path)):
         assert leaf.dtype == np.float32
 
 
-def test_a_failing_evaluation_loses_no_steps(tiny_config, tmp_path, monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("no disk")
+def test_a_failing_evaluation_loses_no_steps(tiny_config, tmp_path):
+    class Broken:
+        def score(self, state):
+            raise RuntimeError("no disk")
 
-    monkeypatch.setattr(train.Evaluator, "score", fail)
     tiny_config.eval.every = 2
-    with pytest.raises(RuntimeError, match="no disk"):
-        train.train(tiny_config, tmp_path)
+    program = SimpleNamespace(config=tiny_config, assets={"config": {}, "tokenizer": ""})
+    monitor = SimpleNamespace(pause=nullcontext, require_finite=lambda step: None)
+    state = {"step": np.asarray(2), "params": {"a": np.ones(3)}}
+    with (
+        Checkpointer(tmp_path, **tiny_config.checkpoint) as checkpointer,
+        pytest.raises(RuntimeError, match="no disk"),
+    ):
+        train.evaluate_and_save(2, state, program, Broken(), checkpointer, monitor, ends=False)
     assert find_checkpoint(tmp_path).name == "2"
 
 
-def test_another_architecture_in_the_workdir_is_refused(tiny_config, tmp_path):
-    tiny_config.total_steps = 1
-    train.train(tiny_config, tmp_path)
+def test_another_architecture_in_the_workdir_is_refused(tiny_config, pretrained, tmp_path):
+    shutil.copytree(pretrained, tmp_path / "run")
     tiny_config.model.text.depth = 2
-    tiny_config.total_steps = 2
     with pytest.raises(InputError, match=r"another architecture[\s\S]*text/blocks/layers/mlp/up"):
-        train.train(tiny_config, tmp_path)
+        train.train(tiny_config, tmp_path / "run")
 
 
 @pytest.mark.parametrize(
@@ -184,17 +176,29 @@ def test_accumulation_is_refused_where_examples_are_compared(tiny_config, tmp_pa
         train.train(tiny_config, tmp_path / "run")
 
 
-def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(tiny_config, tmp_path):
-    tiny_config.total_steps = 1
-    train.train(tiny_config, tmp_path)
-    tiny_config.total_steps = 4
+def in_place_of_training(monkeypatch, parameter_norm=1.0):
+    """A step that counts, and leaves parameters of that norm's kind: no program is compiled."""
+
+    def step(state, batch):
+        params = jax.tree.map(lambda x: x * parameter_norm, state.params)
+        metrics = dict.fromkeys(("loss", "gradient_norm"), 1.0)
+        metrics |= {"parameter_norm": parameter_norm, "bad_records": batch["substituted"].sum()}
+        return dataclasses.replace(state, params=params, step=state.step + 1), metrics
+
+    monkeypatch.setattr(Program, "compile_step", lambda *arguments: (step, 0.0))
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(
+    tiny_config, pretrained, tmp_path, monkeypatch
+):
+    shutil.copytree(pretrained, tmp_path / "run")
+    in_place_of_training(monkeypatch, parameter_norm=np.inf)
+    tiny_config.total_steps = 8
     # Every step would be saved, and none is looked at before the last one is logged.
     tiny_config.log.every, tiny_config.checkpoint.every = 4, 1
-    tiny_config.optimizer.learning_rate = 1e38
-    tiny_config.optimizer.schedule.kind = "constant"
     with pytest.raises(InputError, match="the run has diverged"):
-        train.train(tiny_config, tmp_path)
-    for leaf in jax.tree.leaves(load_parameters(tmp_path)):
+        train.train(tiny_config, tmp_path / "run")
+    for leaf in jax.tree.leaves(load_parameters(tmp_path / "run")):
         assert np.isfinite(leaf).all()
 
 
@@ -219,8 +223,9 @@ def photographs(tmp_path):
 
 
 def test_bad_pictures_are_counted_and_too_many_stop_the_run(
-    tiny_config, photographs, tmp_path, caplog
+    tiny_config, photographs, tmp_path, monkeypatch
 ):
+    in_place_of_training(monkeypatch)
     tiny_config.data.update(source="flickr8k", root=str(photographs), max_bad_fraction=0.2)
     tiny_config.total_steps = 3  # an epoch
     train.train(tiny_config, tmp_path / "patient")
@@ -326,77 +331,14 @@ def test_sigterm_writes_a_checkpoint_and_stops(tmp_path):
     assert "SIGTERM: stopping after this step" in output
 
 
-def test_a_run_starts_from_converted_weights(tiny_config, tmp_path):
-    fields = tiny_config.model.image.to_dict()
-    assert fields.pop("kind") == "vit"
-    image = ViTConfig(**{**fields, "image_size": 64})
-    save_checkpoint(ImageModel(ImageModelConfig(image), nnx.Rngs(7)), tmp_path / "vit")
-    tiny_config.init_from, tiny_config.total_steps = str(tmp_path / "vit"), 1
-    tiny_config.data.image_size = 64
-    tiny_config.optimizer.learning_rate = 0.0
-    train.train(tiny_config, tmp_path / "run")
-    expected = load_parameters(tmp_path / "vit")["image"]
-    found = load_parameters(tmp_path / "run")["image"]
-    jax.tree.map(np.testing.assert_array_equal, found, expected)
-
-
-def test_a_converted_text_encoder_needs_its_vocabulary(tiny_config, tmp_path):
-    golden = Path(__file__).parent / "goldens" / "bert"
-    save_checkpoint(mmjax.load(golden), tmp_path / "bert")
-    tiny_config.init_from = str(tmp_path / "bert")
-    with pytest.raises(InputError, match=r"set data\.vocabulary"):
-        train.train(tiny_config, tmp_path / "run")
-
-
-def test_parts_start_from_public_weights(tiny_config, tmp_path, caplog):
-    """Each part from a folder of its own, the words from the vocabulary that lies in one."""
-    fields = tiny_config.model.image.to_dict()
-    fields.pop("kind")
-    vit = ViTConfig(**{**fields, "image_size": 64, "norm_tokens": True})
-    mmjax.save_huggingface(ImageModel(ImageModelConfig(vit), nnx.Rngs(7)), tmp_path / "vit")
-    golden = Path(__file__).parent / "goldens" / "bert"
-    bert = mmjax.load(golden)
-    words = [*SPECIAL_TOKENS, *(f"word{i}" for i in range(5, bert.config.text.vocabulary_size))]
-    mmjax.save_huggingface(bert, tmp_path / "bert")
-    (tmp_path / "bert" / "vocab.txt").write_text("\n".join(words))
-    with tiny_config.unlocked():
-        tiny_config.model = configuration.model_section(
-            text=schema.describe(bert.config.text),
-            image=tiny_config.model.image.to_dict(),
-            fusion={"width": 16, "depth": 1, "heads": 2, "project": True},
-        )
-    tiny_config.init_from = {"image": str(tmp_path / "vit"), "text": str(tmp_path / "bert")}
-    tiny_config.data.text_length = bert.config.text.max_length
-    tiny_config.optimizer.rates = (("image/.*", 0.0), ("text/.*", 0.0))
-    tiny_config.total_steps = 1
-    caplog.set_level("INFO", logger="absl")
-    train.train(tiny_config, tmp_path / "run")
-    found = load_parameters(tmp_path / "run")
-    text = nnx.to_pure_dict(nnx.state(bert))["text"]
-    assert_same(found["text"], jax.tree.map(np.asarray, text))
-    image = nnx.to_pure_dict(nnx.state(mmjax.load(tmp_path / "vit")))["image"]
-    assert_same(found["image"], jax.tree.map(np.asarray, image))
-    tokenizer = TextTokenizer.from_json(load_assets(tmp_path / "run")["tokenizer"])
-    assert tokenizer.tokens([7]) == ["word7"]
-    # What one part left initial and another brought is not told as initial.
-    assert caplog.text.count("Initialising from") == 2
-    assert caplog.text.count("left at their initial value") == 1
-    _, left = caplog.text.split("left at their initial value")
-    assert "fusion/" in left
-    assert "    image/blocks" not in left
-    assert "    text/" not in left.partition("not used")[0]
-
-
-def test_a_student_learns_from_a_checkpoint(tiny_config, tmp_path):
-    train.train(tiny_config, tmp_path / "teacher")
+def test_a_student_learns_from_a_checkpoint(tiny_config, pretrained, tmp_path):
     for name in ("contrastive", "matching", "masked_language"):
         tiny_config.objectives[name].weight = 0.0
     tiny_config.objectives.similarity_distillation.weight = 1.0
     tiny_config.objectives.word_distillation.weight = 1.0
     with pytest.raises(InputError, match=r"set config\.teacher\.checkpoint"):
         train.train(tiny_config, tmp_path / "student")
-    tiny_config.teacher.checkpoint = str(tmp_path / "teacher")
-    tiny_config.init_from = str(tmp_path / "teacher")
+    tiny_config.teacher.checkpoint = tiny_config.init_from = str(pretrained)
     tiny_config.optimizer.learning_rate = 0.0
     train.train(tiny_config, tmp_path / "student")
     assert losses_of(tmp_path / "student")[0] == pytest.approx(0, abs=1e-5)

@@ -70,7 +70,7 @@ def random_params(abstract: Tree, seed: int = 0) -> Tree:
             value = 0.2 * noise
         else:
             value = 0.25 * noise
-        return jnp.asarray(value, jnp.float32)
+        return jnp.array(np.asarray(value, np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, abstract)
 
@@ -111,6 +111,11 @@ def assert_close(found: Any, expected: Any, tolerance: float = 1e-5) -> None:
         # (some gradients are zero but for rounding: the softmax does not see a key's bias)
         scale = max(np.abs(b).max(), 0.3)
         np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * scale, err_msg=path)
+
+
+def assert_same(one: Any, two: Any) -> None:
+    """Leaf by leaf, to the bit."""
+    jax.tree.map(np.testing.assert_array_equal, one, two)
 
 
 # ---- the papers

@@ -39,9 +39,9 @@ def model_of(config):
 def batch(rows=2, length=7, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        "image": jnp.asarray(rng.normal(size=(rows, 16, 16, 3)), jnp.float32),
-        "text": jnp.asarray(rng.integers(1, 20, size=(rows, length))),
-        "text_mask": jnp.asarray(np.arange(length) < length - np.arange(rows)[:, None]),
+        "image": jnp.array(rng.normal(size=(rows, 16, 16, 3)), jnp.float32),
+        "text": jnp.array(rng.integers(1, 20, size=(rows, length))),
+        "text_mask": jnp.array(np.arange(length) < length - np.arange(rows)[:, None]),
     }
 
 
@@ -142,7 +142,7 @@ def test_shared_keys_have_one_gradient():
 
 def test_an_answer_is_written_from_left_to_right():
     model, inputs = model_of(ANSWERING), batch()
-    answer = jnp.asarray([[1, 5, 6, 7], [1, 8, 9, 2]])
+    answer = jnp.array([[1, 5, 6, 7], [1, 8, 9, 2]])
     logits = model(**inputs, decoder_text=answer)["logits"]
     changed = model(**inputs, decoder_text=answer.at[:, 2].set(11))["logits"]
     np.testing.assert_array_equal(logits[:, :2], changed[:, :2])
@@ -160,19 +160,19 @@ def test_the_best_answer_is_found():
     context = model.answer_context(seen, model.fuse(seen, read), read)
     scores, decode = np.zeros((3, len(answers))), jax.jit(model.decode)
     for i, (answer, kept) in enumerate(zip(answers, mask, strict=True)):
-        text = jnp.asarray(np.tile(answer, (3, 1)))
+        text = jnp.array(np.tile(answer, (3, 1)))
         log_p = jax.nn.log_softmax(decode(context, text))
         first, second = log_p[:, 0, answer[1]], log_p[:, 1, answer[2]]
         scores[:, i] = 2 * first + (second if kept[2] else 0)
     expected = np.argsort(-scores, axis=1)
     found, probabilities = model.rank_answers(
-        context, jnp.asarray(answers), jnp.asarray(mask), top=len(answers)
+        context, jnp.array(answers), jnp.array(mask), top=len(answers)
     )
     np.testing.assert_array_equal(found, expected)
     exponentials = np.exp(np.take_along_axis(scores, expected, axis=1))
     shares = exponentials / exponentials.sum(axis=1, keepdims=True)
     np.testing.assert_allclose(probabilities, shares, atol=1e-5)
-    few, _ = model.rank_answers(context, jnp.asarray(answers), jnp.asarray(mask), top=2)
+    few, _ = model.rank_answers(context, jnp.array(answers), jnp.array(mask), top=2)
     assert few.shape == (3, 2)
 
 

@@ -24,7 +24,7 @@ def texts(config, lengths=(7, 4, 1), length=7, seed=0):
     rng = np.random.default_rng(seed)
     text = rng.integers(1, config.vocabulary_size, (len(lengths), length))
     mask = np.arange(length) < np.array(lengths)[:, None]
-    return jnp.asarray(np.where(mask, text, 0), jnp.int32), jnp.asarray(mask)
+    return jnp.array(np.where(mask, text, 0), jnp.int32), jnp.array(mask)
 
 
 @cache
@@ -42,7 +42,7 @@ def test_agrees_with_the_paper(name):
     config = CONFIGS[name]
     _, params = reference.split(lambda: BertEncoder(config, nnx.Rngs(0)))
     text, mask = texts(config)
-    types = jnp.asarray(np.random.default_rng(1).integers(0, config.types, text.shape), jnp.int32)
+    types = jnp.array(np.random.default_rng(1).integers(0, config.types, text.shape), jnp.int32)
     for given in (None, types):
         encoded = encode(config, text, mask, given)
         tokens, pooled = reference.bert(
@@ -72,8 +72,8 @@ def test_words_are_scored_by_the_embedding_table():
     x = np.random.default_rng(0).normal(size=(2, 5, 32)).astype(np.float32)
     encoder = nnx.merge(graph, params)
     table = params["embeddings"]["token_embedding"]["embedding"]
-    np.testing.assert_allclose(encoder.embeddings.logits(jnp.asarray(x)), x @ table.T, atol=1e-4)
-    assert encoder.embeddings.logits(jnp.asarray(x, jnp.bfloat16)).dtype == jnp.float32
+    np.testing.assert_allclose(encoder.embeddings.logits(jnp.array(x)), x @ table.T, atol=1e-4)
+    assert encoder.embeddings.logits(jnp.array(x, jnp.bfloat16)).dtype == jnp.float32
 
 
 def loss_and_gradient(config, key):

@@ -31,9 +31,9 @@ def batch(lengths=(7, 4, 5), length=7):
     image = rng.normal(size=(len(lengths), 16, 16, 3))
     mask = np.arange(length) < np.array(lengths)[:, None]
     return {
-        "image": jnp.asarray(image, jnp.float32),
-        "text": jnp.asarray(text),
-        "text_mask": jnp.asarray(mask),
+        "image": jnp.array(image, jnp.float32),
+        "text": jnp.array(text),
+        "text_mask": jnp.array(mask),
     }
 
 
@@ -143,7 +143,7 @@ def test_padding_changes_nothing():
 def test_pairs_may_be_put_together_anew():
     """Negatives of the matching objective are other rows of what is encoded already."""
     graph, params = make(CONFIG)
-    inputs, rows = batch(), jnp.asarray([1, 2, 0])
+    inputs, rows = batch(), jnp.array([1, 2, 0])
 
     @jax.jit
     def fuse_anew(params):

@@ -37,9 +37,9 @@ def model_of(config):
 def batch(rows=3, length=6, seed=0):
     rng = np.random.default_rng(seed)
     return {
-        "image": jnp.asarray(rng.normal(size=(rows, 16, 16, 3)), jnp.float32),
-        "decoder_text": jnp.asarray(rng.integers(0, WORDS, (rows, length))),
-        "decoder_mask": jnp.asarray(np.arange(length) < length - np.arange(rows)[:, None]),
+        "image": jnp.array(rng.normal(size=(rows, 16, 16, 3)), jnp.float32),
+        "decoder_text": jnp.array(rng.integers(0, WORDS, (rows, length))),
+        "decoder_mask": jnp.array(np.arange(length) < length - np.arange(rows)[:, None]),
     }
 
 
@@ -126,7 +126,7 @@ def test_captions_are_the_likeliest_words_one_by_one(config, begun):
     if begun:
         text[:, 1:3] = beginning
     for at in range(3 if begun else 1, 8):
-        logits = decode(context, jnp.asarray(text))
+        logits = decode(context, jnp.array(text))
         ended = (text[:, 1:at] == SEP).any(axis=1)
         text[:, at] = np.where(ended, 0, logits[:, at - 1].argmax(axis=1))
     np.testing.assert_array_equal(found, text[:, : found.shape[1]])

@@ -46,9 +46,9 @@ def batch(rows=3, length=7, seed=0):
     rng = np.random.default_rng(seed)
     lengths = length - 2 * np.arange(rows)
     return {
-        "image": jnp.asarray(rng.normal(size=(rows, 16, 16, 3)), jnp.float32),
-        "text": jnp.asarray(rng.integers(0, WORDS, (rows, length))),
-        "text_mask": jnp.asarray(np.arange(length) < lengths[:, None]),
+        "image": jnp.array(rng.normal(size=(rows, 16, 16, 3)), jnp.float32),
+        "text": jnp.array(rng.integers(0, WORDS, (rows, length))),
+        "text_mask": jnp.array(np.arange(length) < lengths[:, None]),
     }
 
 
@@ -228,7 +228,7 @@ def test_captions_are_the_likeliest_words_one_by_one(begun):
     if begun:
         text[:, 1:3] = beginning
     for at in range(3 if begun else 1, 8):
-        logits = decode(context, jnp.asarray(text))
+        logits = decode(context, jnp.array(text))
         ended = (text[:, 1:at] == END).any(axis=1)
         text[:, at] = np.where(ended, END, logits[:, at - 1].argmax(axis=1))
     np.testing.assert_array_equal(found, text[:, : found.shape[1]])
@@ -243,7 +243,7 @@ def test_wide_beams_find_the_best_of_all_captions():
     firsts = np.array([[START, word] for word in range(WORDS)])
     for row in range(3):
         seen = context.take(jnp.full(WORDS, row))
-        scores = np.asarray(jax.nn.log_softmax(model.decode(seen, jnp.asarray(firsts))))
+        scores = np.asarray(jax.nn.log_softmax(model.decode(seen, jnp.array(firsts))))
         score = {(END,): scores[0, 0, END]}
         for first, second in product(range(WORDS), repeat=2):
             if first != END:

@@ -35,7 +35,7 @@ CONFIGS = {
 
 def pictures(height=27, width=41, rows=2):
     shape = (rows, height, width, 3)
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return jnp.array(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 @cache
@@ -89,8 +89,8 @@ def test_agrees_with_the_paper(name):
 
 def test_pixels_are_normalised_on_the_way_in():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3)).astype(np.uint8)
-    found = compiled(SMALL)(jnp.asarray(pixels))
-    exact = normalise(jnp.asarray(pixels), (0.5,) * 3, (0.5,) * 3)
+    found = compiled(SMALL)(jnp.array(pixels))
+    exact = normalise(jnp.array(pixels), (0.5,) * 3, (0.5,) * 3)
     np.testing.assert_allclose(found.tokens, compiled(SMALL)(exact).tokens, atol=1e-5)
 
 
@@ -140,7 +140,7 @@ def test_branches_are_dropped_by_the_key():
 
 
 def test_drop_path_keeps_or_zeroes_whole_rows():
-    x = jnp.asarray(np.random.default_rng(0).normal(size=(4000, 2, 3)), jnp.float32)
+    x = jnp.array(np.random.default_rng(0).normal(size=(4000, 2, 3)), jnp.float32)
     out = np.asarray(drop_path(x, 0.25, jax.random.key(0)))
     kept = (out != 0).any(axis=(1, 2))
     np.testing.assert_allclose(out[kept], np.asarray(x)[kept] / 0.75, rtol=1e-6)

@@ -69,7 +69,7 @@ def test_heads_are_of_pairs_or_of_one_modality():
 
 def test_the_fusion_takes_states_before_their_norm():
     """What it takes cannot be had from what the encoders put out."""
-    image = model().encode_image(jnp.asarray(pictures()["image"]))
+    image = model().encode_image(jnp.array(pictures()["image"]))
     normalised = model().image.norm(image.states)
     np.testing.assert_allclose(image.tokens, normalised, atol=1e-6)
     text = model().encode_text(*map(jnp.asarray, texts().values()))
@@ -127,14 +127,14 @@ def test_without_a_class_token_the_pictures_stands_in_front():
 def test_similarities_are_of_pooled_vectors():
     """As the contrastive objective computes them: of what the phases return."""
     out = model()(**pictures(), **texts())
-    image = model().encode_image(jnp.asarray(pictures()["image"]))
+    image = model().encode_image(jnp.array(pictures()["image"]))
     text = model().encode_text(*map(jnp.asarray, texts().values()))
     cosines = model().contrastive.image(image.pooled) @ model().contrastive.text(text.pooled).T
     expected = model().contrastive.scale * cosines
     np.testing.assert_allclose(out["contrastive_logits_per_image"], expected, atol=1e-5)
     np.testing.assert_allclose(out["contrastive_logits_per_text"], expected.T, atol=1e-5)
-    taken = image.take(jnp.asarray([1, 1, 0]))
-    np.testing.assert_array_equal(taken.states, image.states[jnp.asarray([1, 1, 0])])
+    taken = image.take(jnp.array([1, 1, 0]))
+    np.testing.assert_array_equal(taken.states, image.states[jnp.array([1, 1, 0])])
 
 
 def test_dropout_follows_the_key():

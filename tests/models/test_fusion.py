@@ -43,9 +43,9 @@ def widths(config):
 def pair(config, lengths=(6, 3), length=6, seed=0):
     rng = np.random.default_rng(seed)
     image_width, text_width = widths(config)
-    mask = jnp.asarray(np.arange(length) < np.array(lengths)[:, None])
-    image = jnp.asarray(rng.normal(size=(len(lengths), 5, image_width)), jnp.float32)
-    text = jnp.asarray(rng.normal(size=(len(lengths), length, text_width)), jnp.float32)
+    mask = jnp.array(np.arange(length) < np.array(lengths)[:, None])
+    image = jnp.array(rng.normal(size=(len(lengths), 5, image_width)), jnp.float32)
+    text = jnp.array(rng.normal(size=(len(lengths), length, text_width)), jnp.float32)
     return Encoded(image, None, image[:, 0]), Encoded(text, mask, text[:, 0])
 
 

@@ -25,7 +25,7 @@ def built(make, seed=0):
 
 
 def texts(rows=3, length=7):
-    return jnp.asarray(np.random.default_rng(0).integers(0, 30, (rows, length)), jnp.int32)
+    return jnp.array(np.random.default_rng(0).integers(0, 30, (rows, length)), jnp.int32)
 
 
 def tanh_gelu(x):
@@ -67,12 +67,12 @@ def in_numpy(params, text, mask, context=None, context_mask=None):
 @pytest.mark.parametrize("cross", [False, True], ids=["", "cross"])
 def test_agrees_with_the_paper(cross):
     model, params = built(lambda: GPT2(SMALL, nnx.Rngs(0), cross))
-    mask = jnp.asarray(np.arange(7) < np.array([[7], [5], [2]]))
+    mask = jnp.array(np.arange(7) < np.array([[7], [5], [2]]))
     context, seen = None, ()
     if cross:
         tokens = np.random.default_rng(1).normal(size=(3, 4, 24)).astype(np.float32)
         seen = tokens, np.arange(4) < np.array([[4], [1], [3]])
-        context = Encoded(*map(jnp.asarray, seen), pooled=jnp.asarray(tokens[:, 0]))
+        context = Encoded(*map(jnp.asarray, seen), pooled=jnp.array(tokens[:, 0]))
     found = model(texts(), mask, context)
     expected = in_numpy(params, np.asarray(texts()), np.asarray(mask), *seen)
     np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -90,7 +90,7 @@ def test_a_region_is_the_mean_of_its_features_and_its_box():
 
     features = normalised(embeddings.features, embeddings.features_norm, given["regions"])
     boxes = normalised(embeddings.box, embeddings.box_norm, given["boxes"])
-    found = embeddings(jnp.asarray(given["regions"]), jnp.asarray(given["boxes"]))
+    found = embeddings(jnp.array(given["regions"]), jnp.array(given["boxes"]))
     np.testing.assert_allclose(found, (features + boxes) / 2, atol=1e-5)
 
 
@@ -98,7 +98,7 @@ def test_a_region_is_the_mean_of_its_features_and_its_box():
 def test_padding_rows_of_all_three_tables_get_no_gradient(padding):
     model = build(replace(CONFIG, text=replace(TEXT, padding=padding)))
     graph, state = nnx.split(model)
-    text = jnp.asarray([[0, 3, 5], [4, 0, 0]])
+    text = jnp.array([[0, 3, 5], [4, 0, 0]])
 
     def scalar(params):
         encoded = nnx.merge(graph, params).encode_text(text, text_type=text % 2)

@@ -58,10 +58,10 @@ def batch(lengths=(7, 4, 5), length=7):
     mask = np.arange(length) < np.array(lengths)[:, None]
     pictures = rng.normal(size=(2, len(lengths), 16, 16, 3))
     return {
-        "image": jnp.asarray(pictures[0], jnp.float32),
-        "image_b": jnp.asarray(pictures[1], jnp.float32),
-        "text": jnp.asarray(np.where(mask, text, 1)),
-        "text_mask": jnp.asarray(mask),
+        "image": jnp.array(pictures[0], jnp.float32),
+        "image_b": jnp.array(pictures[1], jnp.float32),
+        "text": jnp.array(np.where(mask, text, 1)),
+        "text_mask": jnp.array(mask),
     }
 
 

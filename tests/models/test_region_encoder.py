@@ -36,10 +36,10 @@ def batch(rows=3, count=5, seed=0):
     corners = np.sort(rng.random((rows, count, 2, 2)), axis=2)
     mask = np.arange(count) < (count - np.arange(rows))[:, None]
     return {
-        "regions": jnp.asarray(rng.normal(size=(rows, count, FEATURES)), jnp.float32),
-        "boxes": jnp.asarray(corners.reshape(rows, count, 4), jnp.float32),
-        "region_mask": jnp.asarray(mask),
-        "region_masked": jnp.asarray(mask & (rng.random((rows, count)) < 0.3)),
+        "regions": jnp.array(rng.normal(size=(rows, count, FEATURES)), jnp.float32),
+        "boxes": jnp.array(corners.reshape(rows, count, 4), jnp.float32),
+        "region_mask": jnp.array(mask),
+        "region_masked": jnp.array(mask & (rng.random((rows, count)) < 0.3)),
     }
 
 
@@ -95,7 +95,7 @@ def test_a_picture_without_regions_is_finite():
 
 def test_a_shift_is_added_to_features_hidden_ones_too():
     encoder, inputs = nnx.merge(*parts(EMBEDDED)), batch()
-    shift = jnp.asarray(np.random.default_rng(1).normal(size=(3, 5, FEATURES)), jnp.float32)
+    shift = jnp.array(np.random.default_rng(1).normal(size=(3, 5, FEATURES)), jnp.float32)
     hidden = inputs["region_masked"][..., None]
     by_hand = jnp.where(hidden, 0, inputs["regions"]) + shift
     found = encoder(**inputs, shift=shift)

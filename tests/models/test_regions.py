@@ -184,7 +184,7 @@ def test_regions_may_be_normalised():
     inputs, config = batch(), FAMILIES["oscar-norm"][1].text
     p = reference.in_float64(parameters("oscar-norm")[1])
     _, expected = oscar_stream(p, config, inputs)
-    regions, boxes = jnp.asarray(inputs["regions"]), jnp.asarray(inputs["boxes"])
+    regions, boxes = jnp.array(inputs["regions"]), jnp.array(inputs["boxes"])
     found = build("oscar-norm").encode_image(regions, boxes).tokens
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
@@ -283,7 +283,7 @@ def test_an_answer_is_named_once():
 
 
 def test_numbers_of_a_box():
-    box = jnp.asarray([[0.1, 0.2, 0.5, 0.9]])
+    box = jnp.array([[0.1, 0.2, 0.5, 0.9]])
     numbers = [0.1, 0.2, 0.5, 0.9, 0.4, 0.7, 0.28]
     for count in (4, 6, 7):
         np.testing.assert_allclose(box_numbers(box, count)[0], numbers[:count], atol=1e-6)
@@ -292,4 +292,4 @@ def test_numbers_of_a_box():
 def test_waves_of_a_box():
     boxes = batch()["boxes"]
     expected = [[waves(box) for box in row] for row in boxes.astype(np.float64)]
-    np.testing.assert_allclose(box_waves(jnp.asarray(boxes), 4), expected, atol=2e-5)
+    np.testing.assert_allclose(box_waves(jnp.array(boxes), 4), expected, atol=2e-5)

@@ -27,7 +27,7 @@ CONFIGS = {
 
 def pictures(height=21, width=34, rows=2):
     shape = (rows, height, width, 3)
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return jnp.array(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 @cache
@@ -84,7 +84,7 @@ def test_agrees_with_the_paper(name):
 def test_pixels_are_normalised_on_the_way_in():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3)).astype(np.uint8)
     found = compiled(BOTTLENECK)(pixels)
-    exact = normalise(jnp.asarray(pixels), BOTTLENECK.mean, BOTTLENECK.std)
+    exact = normalise(jnp.array(pixels), BOTTLENECK.mean, BOTTLENECK.std)
     np.testing.assert_allclose(found.tokens, compiled(BOTTLENECK)(exact).tokens, atol=1e-5)
     assert BOTTLENECK.mean == (0.485, 0.456, 0.406)
 

@@ -87,7 +87,7 @@ SIDES = [(name, side) for name, (_, shapes) in CASES.items() for side in shapes]
 def built(name):
     (model, config, batch), shapes = CASES[name]
     model = nnx.merge(*reference.split(lambda: model(config, nnx.Rngs(0))))
-    return model, {key: jnp.asarray(array) for key, array in batch.items()}, shapes
+    return model, {key: jnp.array(array) for key, array in batch.items()}, shapes
 
 
 def encode(model, batch, side, **shift):
@@ -131,7 +131,7 @@ def test_a_shift_enters_where_the_gradient_says(name, side):
 def test_a_shift_keeps_the_type_that_the_model_computes_in():
     config = replace(TINY, text=replace(TINY.text, dtype="bfloat16"))
     model = nnx.merge(*reference.split(lambda: VisionLanguageModel(config, nnx.Rngs(0))))
-    batch = {name: jnp.asarray(array) for name, array in reference.tiny_batch(TINY, 4).items()}
+    batch = {name: jnp.array(array) for name, array in reference.tiny_batch(TINY, 4).items()}
     shifted = encode(model, batch, "text", text_shift=jnp.ones((4, 11, 32)))
     assert shifted.tokens.dtype == encode(model, batch, "text").tokens.dtype == jnp.bfloat16
 

@@ -33,7 +33,7 @@ CONFIGS = {
 
 def pictures(height=16, width=16, rows=2):
     shape = (rows, height, width, 3)
-    return jnp.asarray(np.random.default_rng(0).normal(size=shape), jnp.float32)
+    return jnp.array(np.random.default_rng(0).normal(size=shape), jnp.float32)
 
 
 @cache
@@ -132,8 +132,8 @@ def test_agrees_with_the_paper(name):
 
 def test_pixels_are_normalised_on_the_way_in():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3)).astype(np.uint8)
-    found = compiled(SMALL)(jnp.asarray(pixels))
-    exact = normalise(jnp.asarray(pixels), SMALL.mean, SMALL.std)
+    found = compiled(SMALL)(jnp.array(pixels))
+    exact = normalise(jnp.array(pixels), SMALL.mean, SMALL.std)
     np.testing.assert_allclose(found.tokens, compiled(SMALL)(exact).tokens, atol=1e-4)
 
 
@@ -250,8 +250,8 @@ def test_attention_adds_the_bias_to_the_scores(implementation, rows):
     mask = rng.random((2, 5, 7)) < 0.6
     scores = np.einsum("bqhd,bkhd->bhqk", query, key) / 2 + bias
     weights = reference.softmax(np.where(mask[:, None], scores, -np.inf))
-    qkv = [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
-    mask, bias = jnp.asarray(mask), jnp.asarray(bias, jnp.float32)
+    qkv = [jnp.array(x, jnp.float32) for x in (query, key, value)]
+    mask, bias = jnp.array(mask), jnp.array(bias, jnp.float32)
     np.testing.assert_allclose(
         attention(*qkv, mask, implementation, bias),
         np.einsum("bhqk,bkhd->bqhd", weights, value),

@@ -60,9 +60,9 @@ def stretched(grid, height, width):
 def test_positions_are_stretched_to_the_corners():
     grid = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     sizes = [(1, 1), (3, 4), (2, 7), (6, 1), (5, 6)]
-    heights, widths = jnp.asarray(sizes).T
+    heights, widths = jnp.array(sizes).T
     # One compiled program for pictures of every size.
-    found = jax.jit(stretch, static_argnums=3)(jnp.asarray(grid), heights, widths, (6, 7))
+    found = jax.jit(stretch, static_argnums=3)(jnp.array(grid), heights, widths, (6, 7))
     for positions, (height, width) in zip(np.asarray(found), sizes, strict=True):
         np.testing.assert_allclose(
             positions[:height, :width], stretched(grid, height, width), atol=1e-6
@@ -75,7 +75,7 @@ def test_stretched_positions_have_the_gradient_of_a_linear_map():
     """Every weight goes to some point of the table: the gradient of a sum counts the places."""
 
     def total(grid):
-        sizes = jnp.asarray([4, 2]), jnp.asarray([5, 3])
+        sizes = jnp.array([4, 2]), jnp.array([5, 3])
         return stretch(grid, *sizes, (5, 6)).sum()
 
     gradient = jax.grad(total)(jnp.ones((3, 3, 1)))
@@ -99,7 +99,7 @@ def test_padding_changes_nothing():
     np.testing.assert_allclose(batch["pooler_output"][:1], alone["pooler_output"], atol=2e-6)
     tokens = batch["last_hidden_state"][0]
     # Four words; behind all seven places of the text the class token, and patches four to a row.
-    kept = tokens[jnp.asarray([0, 1, 2, 3, 7, 8, 12])]
+    kept = tokens[jnp.array([0, 1, 2, 3, 7, 8, 12])]
     np.testing.assert_allclose(kept, alone["last_hidden_state"][0], atol=5e-6)
 
 
@@ -126,7 +126,7 @@ def test_the_second_picture_is_told_from_the_first():
     assert np.abs(there - back).min() > 1e-3
     both = [
         model(PAIRS).fuse(
-            model(PAIRS).encode_image(jnp.asarray(image), second=is_second),
+            model(PAIRS).encode_image(jnp.array(image), second=is_second),
             model(PAIRS).encode_text(*map(jnp.asarray, texts().values())),
         )
         for image, is_second in ((first, False), (second, True))

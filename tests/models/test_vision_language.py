@@ -29,7 +29,7 @@ PROJECTED = tiny_model(
 
 def call(model, batch):
     graph, params = reference.split(lambda: VisionLanguageModel(model, nnx.Rngs(0)))
-    inputs = {name: jnp.asarray(batch[name]) for name in ("image", "text", "text_mask")}
+    inputs = {name: jnp.array(batch[name]) for name in ("image", "text", "text_mask")}
     run = jax.jit(lambda params, inputs: nnx.merge(graph, params)(**inputs))
     return params, run(params, inputs)
 
@@ -43,7 +43,7 @@ def test_agrees_with_the_papers(model):
     batch = tiny_batch(model, rows=4)
     params, found = call(model, batch)
     p = reference.in_float64(params)
-    pixels = np.asarray(normalise(jnp.asarray(batch["image"]), model.image.mean, model.image.std))
+    pixels = np.asarray(normalise(jnp.array(batch["image"]), model.image.mean, model.image.std))
     image, image_pooled = reference.vit(p["image"], pixels, model.image)
     text, text_pooled = reference.bert(p["text"], batch["text"], batch["text_mask"], model.text)
     _, words, pooled = reference.co_attention(

@@ -39,11 +39,11 @@ def model_of(config):
 def inputs():
     rng = np.random.default_rng(0)
     return {
-        "regions": jnp.asarray(rng.normal(size=(3, 5, 6)), jnp.float32),
-        "boxes": jnp.asarray(rng.random((3, 5, 4)), jnp.float32),
-        "region_mask": jnp.asarray(np.arange(5) < np.array([[5], [3], [4]])),
-        "text": jnp.asarray(rng.integers(0, 20, (3, 6))),
-        "text_mask": jnp.asarray(np.arange(6) < np.array([[6], [3], [4]])),
+        "regions": jnp.array(rng.normal(size=(3, 5, 6)), jnp.float32),
+        "boxes": jnp.array(rng.random((3, 5, 4)), jnp.float32),
+        "region_mask": jnp.array(np.arange(5) < np.array([[5], [3], [4]])),
+        "text": jnp.array(rng.integers(0, 20, (3, 6))),
+        "text_mask": jnp.array(np.arange(6) < np.array([[6], [3], [4]])),
     }
 
 

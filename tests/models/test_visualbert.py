@@ -31,9 +31,9 @@ def build(config=PLAIN):
 def batch(regions=5, length=6):
     rng = np.random.default_rng(0)
     return {
-        "text": jnp.asarray(rng.integers(1, 20, (2, length))),
+        "text": jnp.array(rng.integers(1, 20, (2, length))),
         "text_mask": jnp.arange(length) < jnp.array([[length], [length - 2]]),
-        "regions": jnp.asarray(rng.normal(size=(2, regions, 6)), jnp.float32),
+        "regions": jnp.array(rng.normal(size=(2, regions, 6)), jnp.float32),
         "region_mask": jnp.arange(regions) < jnp.array([[regions - 1], [regions]]),
     }
 

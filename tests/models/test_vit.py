@@ -29,7 +29,7 @@ CONFIGS = {
 
 def pictures(config, rows=3, seed=0):
     side = config.image_size
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(rows, side, side, 3)), jnp.float32)
+    return jnp.array(np.random.default_rng(seed).normal(size=(rows, side, side, 3)), jnp.float32)
 
 
 @cache
@@ -61,11 +61,11 @@ def test_pixels_are_normalised_on_the_way_in():
     pixels = np.random.default_rng(0).integers(0, 256, (2, 24, 24, 3)).astype(np.uint8)
     expected = (pixels / 255.0 - np.array(config.mean)) / np.array(config.std)
     np.testing.assert_allclose(
-        normalise(jnp.asarray(pixels), config.mean, config.std), expected, atol=1e-5
+        normalise(jnp.array(pixels), config.mean, config.std), expected, atol=1e-5
     )
     np.testing.assert_allclose(
         encode(config, pixels).tokens,
-        encode(config, jnp.asarray(expected, jnp.float32)).tokens,
+        encode(config, jnp.array(expected, jnp.float32)).tokens,
         atol=1e-4,
     )
 
@@ -189,7 +189,7 @@ def attention_inputs(batch=2, queries=5, keys=7, heads=3, width=4, seed=0):
     rng = np.random.default_rng(seed)
     query = 2 * rng.normal(size=(batch, queries, heads, width))
     key, value = (rng.normal(size=(batch, keys, heads, width)) for _ in range(2))
-    return [jnp.asarray(x, jnp.float32) for x in (query, key, value)]
+    return [jnp.array(x, jnp.float32) for x in (query, key, value)]
 
 
 MASKS = {
@@ -203,7 +203,7 @@ MASKS = {
 @pytest.mark.parametrize("implementation", ["einsum", "head_major", "auto"])
 def test_attention_agrees_with_the_paper(implementation, mask):
     query, key, value = attention_inputs()
-    mask = None if MASKS[mask] is None else jnp.asarray(MASKS[mask])
+    mask = None if MASKS[mask] is None else jnp.array(MASKS[mask])
     found = attention(query, key, value, mask, implementation)
     expected = np.zeros(query.shape)
     full = np.ones((2, 5, 7), bool) if mask is None else np.broadcast_to(mask, (2, 5, 7))
@@ -221,7 +221,7 @@ def test_attention_gradients(implementation):
     mask = MASKS["keys"]
 
     def loss(*qkv):
-        return jnp.sin(attention(*qkv, jnp.asarray(mask), implementation)).sum()
+        return jnp.sin(attention(*qkv, jnp.array(mask), implementation)).sum()
 
     gradients = jax.grad(loss, (0, 1, 2))(query, key, value)
     rng = np.random.default_rng(2)
@@ -247,7 +247,7 @@ def test_attention_gradients(implementation):
 @pytest.mark.parametrize("implementation", ["einsum", "sliced", "head_major"])
 def test_rows_without_a_key_stay_finite(implementation):
     query, key, value = attention_inputs()
-    mask = jnp.asarray([True, False])[:, None, None] & jnp.ones((1, 1, 7), bool)
+    mask = jnp.array([True, False])[:, None, None] & jnp.ones((1, 1, 7), bool)
     out, gradients = jax.value_and_grad(
         lambda *qkv: attention(*qkv, mask, implementation).sum(), (0, 1, 2)
     )(query, key, value)
@@ -257,7 +257,7 @@ def test_rows_without_a_key_stay_finite(implementation):
 
 @pytest.mark.parametrize("implementation", ["einsum", "sliced", "head_major"])
 def test_attention_in_half_precision_keeps_large_scores_apart(implementation):
-    query, key, value = (jnp.asarray(x, jnp.bfloat16) for x in attention_inputs())
+    query, key, value = (jnp.array(x, jnp.bfloat16) for x in attention_inputs())
     query = query * 8
     out = attention(query, key, value, None, implementation)
     assert out.dtype == jnp.bfloat16

@@ -74,7 +74,7 @@ def test_the_answer_is_read_at_the_last_word(fields):
     out = model(**inputs)
     lengths = inputs["text_mask"].sum(axis=1)
     words = np.asarray(out["sequence_output"])[np.arange(3), lengths - 2]
-    np.testing.assert_allclose(out["vqa_logits"], model.answering(jnp.asarray(words)), atol=1e-6)
+    np.testing.assert_allclose(out["vqa_logits"], model.answering(jnp.array(words)), atol=1e-6)
 
 
 def test_there_is_room_behind_the_text():

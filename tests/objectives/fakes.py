@@ -58,7 +58,7 @@ class FakeContrastiveHead:
     """Takes vectors as they are."""
 
     def __init__(self, scale: Any, bias: Any):
-        self.scale, self.offset = jnp.asarray(scale, jnp.float32), jnp.asarray(bias, jnp.float32)
+        self.scale, self.offset = jnp.array(scale, jnp.float32), jnp.array(bias, jnp.float32)
 
     def image(self, vectors):
         return vectors
@@ -83,7 +83,7 @@ def batch_of(rows: int, **fields: Any) -> dict[str, jax.Array]:
     """Valid examples of different pictures, but for what `fields` say."""
     numbers = np.arange(rows, dtype=np.int32)
     given = {"image_id": numbers, "index": numbers, "valid": np.ones(rows, bool), **fields}
-    return {name: jnp.asarray(value) for name, value in given.items()}
+    return {name: jnp.array(value) for name, value in given.items()}
 
 
 def unit_vectors(*shape: int, seed: int = 0) -> np.ndarray:
@@ -117,5 +117,5 @@ def loss_on(devices: int, objective: Objective, batch: dict[str, jax.Array], sca
 
     with jax.set_mesh(mesh):
         batch = to_device(jax.tree.map(np.asarray, batch), mesh)
-        differentiated = batch["image"], jnp.asarray(scale)
+        differentiated = batch["image"], jnp.array(scale)
         return jax.device_get(jax.jit(jax.grad(mean, has_aux=True))(differentiated, batch))

@@ -107,7 +107,7 @@ def features(
 ) -> Features:
     """Those of a batch, without dropout."""
     graph, own = parts_of(family)
-    arrays = {name: jnp.asarray(array) for name, array in batch.items()}
+    arrays = {name: jnp.array(array) for name, array in batch.items()}
     return Features(
         nnx.merge(graph, own if params is None else params),
         arrays,

@@ -61,11 +61,9 @@ class Villa:
         self.model = load(folder, "villa", config_of(recorded, ANSWERS), recorded.under("w/"))
         graph, state = nnx.split(self.model)
         self.params = nnx.to_pure_dict(state)
-        self.batch = {
-            name: jnp.asarray(array) for name, array in inputs_of(recorded, "in/").items()
-        }
+        self.batch = {name: jnp.array(array) for name, array in inputs_of(recorded, "in/").items()}
         self.batch |= {
-            "answer": jnp.asarray(recorded["in/targets"]),
+            "answer": jnp.array(recorded["in/targets"]),
             "valid": jnp.ones(len(recorded["in/targets"]), bool),
         }
         self.loss_of = partial(answering_loss, graph, self.batch)
@@ -91,8 +89,8 @@ class Villa:
         draws = self.recorded.under(f"draw/{variant}/")
         if draws:
             return {
-                "text_shift": jnp.asarray(draws["init_txt_delta"]),
-                "image_shift": jnp.asarray(draws["init_img_delta"]),
+                "text_shift": jnp.array(draws["init_txt_delta"]),
+                "image_shift": jnp.array(draws["init_img_delta"]),
             }
         return zero_shifts(options, self.model, self.batch)
 
@@ -161,7 +159,7 @@ def test_perturbed_scores_are_villas(villa):
     """Both ways into the model, one by one."""
     model, recorded = villa.model, villa.recorded
     for i, (name, theirs) in enumerate(THEIR_NAMES.items()):
-        shifts = {name: jnp.asarray(recorded[f"out/alter_l2/step2/{theirs}_used"])}
+        shifts = {name: jnp.array(recorded[f"out/alter_l2/step2/{theirs}_used"])}
         scores = model.score_answers(Features(model, villa.batch, shifts=shifts).fused)
         recorded.check(f"out/alter_l2/step2/scores{i}", scores)
 
@@ -297,8 +295,8 @@ def test_as_by_hand(case):
 
 
 def test_divergence_of_far_scores_is_finite():
-    logits = jnp.asarray([[0.0, 0.0], [3e4, -3e4], [1.0, 2.0]])
-    found = symmetric_kl(logits, jnp.asarray([[0.0, 0.0], [-3e4, 3e4], [1.0, 3.0]]))
+    logits = jnp.array([[0.0, 0.0], [3e4, -3e4], [1.0, 2.0]])
+    found = symmetric_kl(logits, jnp.array([[0.0, 0.0], [-3e4, 3e4], [1.0, 3.0]]))
     p, q = softmax(np.array([1.0, 2.0])), softmax(np.array([1.0, 3.0]))
     expected = (p * np.log(p / q)).sum() + (q * np.log(q / p)).sum()
     np.testing.assert_allclose(found, [0, 1.2e5, expected], rtol=1e-5)
@@ -368,7 +366,7 @@ def test_perturbations_raise_the_loss(whole):
     for name, shift in noise.items():
         draws = rng.normal(size=shift.shape)
         lengths = np.linalg.norm(draws, axis=(1, 2), keepdims=True)
-        noise[name] = jnp.asarray(0.3 * draws / lengths, jnp.float32)
+        noise[name] = jnp.array(0.3 * draws / lengths, jnp.float32)
     # Of two steps the first is at no perturbation.
     raised = 2 * whole.loss - clean
     assert raised - clean > 5 * abs(loss_of(params, noise)[0] - clean)
@@ -378,10 +376,10 @@ def test_perturbations_raise_the_loss(whole):
 
 def test_shares_are_of_the_whole_batch_and_of_the_sum():
     """Slices of a batch add up, and half a loss has half a divergence."""
-    scores, rows = jnp.zeros((4, 3)), jnp.asarray([1.0, 0, 1, 1])
+    scores, rows = jnp.zeros((4, 3)), jnp.array([1.0, 0, 1, 1])
     some, none = (Loss(jnp.zeros(()), rows.sum(), scores=x) for x in ((scores, rows), None))
     objectives = {"some": Answering(weight=0.5), "none": Answering(weight=1.0)}
-    whole_batch = {"some": jnp.asarray(6.0), "none": jnp.asarray(1.0)}
+    whole_batch = {"some": jnp.array(6.0), "none": jnp.array(1.0)}
     found = scores_of(objectives, {"some": some, "none": none}, whole_batch)
     assert found.keys() == {"some"}
     np.testing.assert_allclose(found["some"][1], np.array([1, 0, 1, 1]) / 12)

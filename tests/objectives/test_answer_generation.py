@@ -66,13 +66,13 @@ def stub(given, logits):
 
     def decode(context, decoder_text, decoder_mask, key):
         seen.update(context=context, text=np.asarray(decoder_text), mask=np.asarray(decoder_mask))
-        return jnp.asarray(logits.reshape(-1, *logits.shape[2:]))
+        return jnp.array(logits.reshape(-1, *logits.shape[2:]))
 
     rows = jnp.arange(QUESTIONS)
     context = Encoded(rows[:, None, None] + jnp.zeros(()), rows[:, None] > 1, rows[:, None] * 1.0)
     features = object.__new__(Features)
     features.model = SimpleNamespace(answer_context=lambda *parts: context, decode=decode)
-    features.batch = {name: jnp.asarray(array) for name, array in given.items()}
+    features.batch = {name: jnp.array(array) for name, array in given.items()}
     features.key = features.average = features.step = None
     features.__dict__.update(image=None, fused=None, text=None)
     return features, seen
@@ -107,7 +107,7 @@ def test_agrees_with_the_papers(smoothing, start_id):
 def test_the_average_teaches_every_word(step, alpha):
     given, logits, teacher = fields(), scores(1), scores(2)
     features, _ = stub(given, logits)
-    features.average, features.step = stub(given, teacher)[0], jnp.asarray(step)
+    features.average, features.step = stub(given, teacher)[0], jnp.array(step)
     loss = AnswerGeneration(distill=0.4, ramp_steps=10)(features, KEY)
     expected = expected_loss(given, logits, teacher=teacher, alpha=alpha)
     np.testing.assert_allclose(loss.total / loss.weight, expected, rtol=1e-5)
@@ -166,7 +166,7 @@ def test_padding_and_invalid_rows_change_neither_loss_nor_gradient():
             "text_mask": question_mask,
             "image": np.where(counts[..., None, None], image, filler),
         }
-        return {name: jnp.asarray(array) for name, array in fields.items()}
+        return {name: jnp.array(array) for name, array in fields.items()}
 
     (loss, gradient), (other, other_gradient) = (run(params, batch(filler)) for filler in (0, 7))
     np.testing.assert_allclose(loss, other, rtol=1e-6)

@@ -12,7 +12,7 @@ from tests.objectives.region_models import batch, features
 
 
 def run(logits, targets, valid, objective=None, key=0, **fields):
-    model = FakeModel(score_answers=lambda fused: jnp.asarray(logits))
+    model = FakeModel(score_answers=lambda fused: jnp.array(logits))
     vectors = jnp.zeros((len(valid), 1))
     given = batch_of(len(valid), image=vectors, text=vectors, answer=targets, valid=valid, **fields)
     return (objective or Answering())(Features(model, given), jax.random.key(key))
@@ -41,8 +41,8 @@ def test_large_scores_stay_finite():
 
 def test_the_gradient_is_probability_less_target():
     rng = np.random.default_rng(1)
-    logits = jnp.asarray(rng.normal(size=(3, 4)), jnp.float32)
-    targets = jnp.asarray(rng.random((3, 4)), jnp.float32)
+    logits = jnp.array(rng.normal(size=(3, 4)), jnp.float32)
+    targets = jnp.array(rng.random((3, 4)), jnp.float32)
     gradient = jax.grad(lambda x: soft_binary_cross_entropy(x, targets).sum())(logits)
     np.testing.assert_allclose(gradient, jax.nn.sigmoid(logits) - targets, atol=1e-6)
 
@@ -80,7 +80,7 @@ def test_rows_without_an_answer_do_not_count():
     best = SCORES[np.arange(4), logits.argmax(axis=1)]
     np.testing.assert_allclose((score, weight), (best[[0, 3]].sum(), 2), rtol=1e-6)
     np.testing.assert_array_equal(loss.scores[1], [1, 0, 0, 1])
-    gradient = jax.grad(lambda x: name_one(x).total)(jnp.asarray(logits))
+    gradient = jax.grad(lambda x: name_one(x).total)(jnp.array(logits))
     assert np.isfinite(gradient).all()
     assert gradient[np.array([0, 3])].any(axis=1).all()
     assert not gradient[np.array([1, 2])].any()

@@ -48,13 +48,13 @@ def test_smoothed_labels(smoothing):
     rng = np.random.default_rng(0)
     logits = 3 * rng.normal(size=(3, 5, 7)).astype(np.float32)
     targets = rng.integers(0, 7, (3, 5))
-    found = word_loss(jnp.asarray(logits), jnp.asarray(targets), smoothing)
+    found = word_loss(jnp.array(logits), jnp.array(targets), smoothing)
     np.testing.assert_allclose(found, expected_words(logits, targets, smoothing), rtol=1e-5)
-    gradient = jax.grad(lambda x: word_loss(x, jnp.asarray(targets), smoothing).sum())
+    gradient = jax.grad(lambda x: word_loss(x, jnp.array(targets), smoothing).sum())
     p = np.exp(logits.astype(np.float64))
     q = (1 - smoothing) * np.eye(7)[targets] + smoothing / 7
     expected = p / p.sum(axis=-1, keepdims=True) - q
-    np.testing.assert_allclose(gradient(jnp.asarray(logits)), expected, atol=1e-6)
+    np.testing.assert_allclose(gradient(jnp.array(logits)), expected, atol=1e-6)
 
 
 def stub(text, mask, valid, logits, tokenizer=None):
@@ -63,12 +63,12 @@ def stub(text, mask, valid, logits, tokenizer=None):
 
     def decode(context, decoder_text, decoder_mask, key):
         seen.update(context=context, text=np.asarray(decoder_text), mask=np.asarray(decoder_mask))
-        return jnp.asarray(logits)
+        return jnp.array(logits)
 
     given = object.__new__(Features)
     given.model = SimpleNamespace(caption_context=lambda image: ("of", image), decode=decode)
     given.batch = {
-        "text": jnp.asarray(text), "text_mask": jnp.asarray(mask), "valid": jnp.asarray(valid),
+        "text": jnp.array(text), "text_mask": jnp.array(mask), "valid": jnp.array(valid),
     }  # fmt: skip
     given.key, given.tokenizer = None, tokenizer
     given.__dict__["image"] = "picture"
@@ -140,7 +140,7 @@ def batch(text, mask, valid=None):
     image = np.random.default_rng(5).normal(size=(rows, 16, 16, 3)).astype(np.float32)
     valid = np.ones(rows, bool) if valid is None else valid
     fields = {"image": image, "text": text, "text_mask": mask, "valid": valid}
-    return {name: jnp.asarray(x) for name, x in {**fields, "index": np.arange(rows)}.items()}
+    return {name: jnp.array(x) for name, x in {**fields, "index": np.arange(rows)}.items()}
 
 
 def test_the_loss_of_a_generated_caption_is_its_score():
@@ -151,7 +151,7 @@ def test_the_loss_of_a_generated_caption_is_its_score():
     tokens = np.asarray(written.tokens)
     ends = np.where((tokens == SEP).any(axis=1), (tokens == SEP).argmax(axis=1), tokens.shape[1])
     mask = np.arange(tokens.shape[1]) <= ends[:, None]
-    given = fields | {"text": jnp.asarray(tokens), "text_mask": jnp.asarray(mask)}
+    given = fields | {"text": jnp.array(tokens), "text_mask": jnp.array(mask)}
     loss = Captioning()(Features(model, given), KEY)
     np.testing.assert_allclose(loss.total, -np.asarray(written.scores).sum(), rtol=1e-5)
     assert loss.weight == mask[:, 1:].sum()
@@ -184,7 +184,7 @@ def test_padding_and_invalid_rows_change_nothing():
 def test_where_captions_are_cut(share):
     text, mask = captions(7, seed=2)
     text[6], mask[6] = np.where(np.arange(LENGTH) == 0, CLS, PAD), np.arange(LENGTH) < 1
-    arrays = map(np.asarray, cut_captions(jnp.asarray(text), jnp.asarray(mask), jnp.full(7, share)))
+    arrays = map(np.asarray, cut_captions(jnp.array(text), jnp.array(mask), jnp.full(7, share)))
     for row, kept, prefix, rest, rest_mask in zip(text, mask, *arrays, strict=True):
         words = list(row[kept])
         count = 1 + int(share * (len(words) - 1))
@@ -195,7 +195,7 @@ def test_where_captions_are_cut(share):
 
 
 def given_cut(monkeypatch, share):
-    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.asarray(share))
+    monkeypatch.setattr(jax.random, "uniform", lambda key: jnp.array(share))
 
 
 def test_all_of_the_first_part_is_seen_and_nothing_ahead(monkeypatch):
@@ -230,7 +230,7 @@ def test_the_second_part_is_written_as_a_text_of_its_own(monkeypatch):
     both = Encoded(
         jnp.concatenate([fused.image_tokens, fused.text_tokens], axis=1), None, fused.pooled
     )
-    logits = np.asarray(model.decode(both, jnp.asarray([[DEC, 7, 8, 9, 10]])))
+    logits = np.asarray(model.decode(both, jnp.array([[DEC, 7, 8, 9, 10]])))
     expected = expected_words(logits[0], np.array([7, 8, 9, 10, SEP]), 0.0)
     np.testing.assert_allclose(loss.total, expected.sum(), rtol=1e-5)
     assert loss.weight == 5
@@ -256,7 +256,7 @@ def test_cuts_are_even_and_belong_to_examples():
     fields = {"image": tokens, "text": text, "text_mask": text > 0, "valid": np.ones(rows, bool)}
 
     def cut(index):
-        given = {k: jnp.asarray(v) for k, v in {**fields, "index": index}.items()}
+        given = {k: jnp.array(v) for k, v in {**fields, "index": index}.items()}
         PrefixLanguage()(Features(model, given), KEY)
         return cuts["seen"]
 

@@ -240,7 +240,7 @@ def test_the_best_scores_under_smoothing_are_the_target():
     """Where the softmax is the target itself, the gradient is zero."""
     positives, valid = jnp.array([[True, True, False, False]]), jnp.array([True] * 3 + [False])
     target = np.array([0.45, 0.45, 0.0]) + 0.1 / 3
-    logits = jnp.asarray([[*np.log(target), 50.0]], jnp.float32)
+    logits = jnp.array([[*np.log(target), 50.0]], jnp.float32)
     gradient = jax.grad(lambda x: info_nce(x, positives, valid, 0.1).sum())(logits)
     np.testing.assert_allclose(gradient, 0, atol=1e-6)
 
@@ -271,7 +271,7 @@ def test_a_class_token_is_no_patch():
 def test_tokens_of_a_model_go_through_its_projections():
     config = tiny_model()
     graph, params = split(lambda: build_model(config, nnx.Rngs(0)))
-    given = {name: jnp.asarray(x) for name, x in tiny_batch(config, 6).items()}
+    given = {name: jnp.array(x) for name, x in tiny_batch(config, 6).items()}
 
     @jax.jit
     def run(params):

@@ -63,7 +63,7 @@ def draw(*shape, seed=0):
 @pytest.mark.parametrize("temperature", [1.0, 4.0, 0.5])
 def test_divergence_of_softmaxes(temperature):
     student, teacher = draw(3, 5, 7), draw(3, 5, 7, seed=1)
-    found = divergence(jnp.asarray(student), jnp.asarray(teacher), temperature)
+    found = divergence(jnp.array(student), jnp.array(teacher), temperature)
     expected = kullback_leibler(softmax(teacher / temperature), softmax(student / temperature))
     np.testing.assert_allclose(found, temperature**2 * expected, rtol=1e-4)
 
@@ -73,7 +73,7 @@ def test_the_gradient_is_student_less_teacher():
     student, teacher, temperature = draw(4, 6), draw(4, 6, seed=1), 3.0
     slopes = jax.grad(
         lambda s, t: divergence(s, t, temperature).sum(), argnums=(0, 1)
-    )(jnp.asarray(student), jnp.asarray(teacher))  # fmt: skip
+    )(jnp.array(student), jnp.array(teacher))  # fmt: skip
     expected = softmax(student / temperature) - softmax(teacher / temperature)
     np.testing.assert_allclose(slopes[0], temperature * expected, atol=1e-6)
     assert not np.asarray(slopes[1]).any()
@@ -82,7 +82,7 @@ def test_the_gradient_is_student_less_teacher():
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_divergence_of_sigmoids(temperature):
     student, teacher = draw(5, 9), draw(5, 9, seed=1)
-    found = binary_divergence(jnp.asarray(student), jnp.asarray(teacher), temperature)
+    found = binary_divergence(jnp.array(student), jnp.array(teacher), temperature)
     q, p = (1 / (1 + np.exp(-x.astype(np.float64) / temperature)) for x in (student, teacher))
     expected = p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))
     np.testing.assert_allclose(found, temperature**2 * expected.sum(axis=1), rtol=1e-4)
@@ -91,7 +91,7 @@ def test_divergence_of_sigmoids(temperature):
 def test_divergence_of_similarities_among_valid_rows():
     student, teacher = draw(6, 6), draw(6, 6, seed=1)
     valid = np.array([True, True, False, True, False, True])
-    found = similarity_divergence(jnp.asarray(student), jnp.asarray(teacher), jnp.asarray(valid))
+    found = similarity_divergence(jnp.array(student), jnp.array(teacher), jnp.array(valid))
     q, p = (x[valid][:, valid] for x in (student, teacher))
     there = kullback_leibler(softmax(p), softmax(q))
     back = kullback_leibler(softmax(p.T), softmax(q.T))
@@ -202,7 +202,7 @@ def test_only_words_of_the_vocabulary_are_guessed():
     """Tables may go on behind it, and a teacher's further; what they hold there does not count."""
     logits = draw(4, 9, 60), draw(4, 9, 60, seed=1)
     models = [
-        FakeModel(masked_language=True, score_words=lambda tokens, x=x[..., :size]: jnp.asarray(x))
+        FakeModel(masked_language=True, score_words=lambda tokens, x=x[..., :size]: jnp.array(x))
         for x, size in zip(logits, (WORDS + 2, 60), strict=True)
     ]
     text = np.full((4, 9), 7, np.int32)

@@ -18,7 +18,7 @@ def draw(*shape, seed=0):
 
 
 def in_float32(*arrays):
-    return [jnp.asarray(x, jnp.float32) for x in arrays]
+    return [jnp.array(x, jnp.float32) for x in arrays]
 
 
 def test_squared_distance_of_directions():
@@ -33,7 +33,7 @@ def test_relation_distance_of_spaces_of_any_width():
     """Row by row: the valid ones' Gram matrix, its rows of unit length, 1/B² of the squares."""
     student, teacher = draw(6, 8), draw(6, 3, seed=1)
     valid = np.array([True, True, False, True, True, False])
-    found = relation_distance(*in_float32(student, teacher), jnp.asarray(valid))
+    found = relation_distance(*in_float32(student, teacher), jnp.array(valid))
     grams = []
     for x in (student[valid], teacher[valid]):
         gram = np.array([[a @ b for b in x] for a in x])
@@ -41,13 +41,13 @@ def test_relation_distance_of_spaces_of_any_width():
     expected = np.square(grams[0] - grams[1]).sum() / 4**2
     np.testing.assert_allclose(np.mean(found[valid]), expected, rtol=1e-5)
     turned = student @ np.linalg.qr(draw(8, 8, seed=2))[0]  # lies as before, elsewhere
-    same = relation_distance(*in_float32(student, turned), jnp.asarray(valid))
+    same = relation_distance(*in_float32(student, turned), jnp.array(valid))
     np.testing.assert_allclose(same[valid], 0, atol=1e-6)
 
 
 def attention_of(heads, seed, mask):
     scores = draw(3, heads, 5, 5, seed=seed)
-    return SelfAttention(jnp.asarray(scores, jnp.float32), None if mask is None else mask)
+    return SelfAttention(jnp.array(scores, jnp.float32), None if mask is None else mask)
 
 
 def probabilities(attention, seen):
@@ -62,7 +62,7 @@ def test_attention_divergence(heads):
     """Head by head, or their means where their numbers differ; the mean over heads and tokens."""
     mask = np.array([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]], bool)
     student, teacher = (
-        attention_of(count, seed, jnp.asarray(mask)[:, None]) for seed, count in enumerate(heads)
+        attention_of(count, seed, jnp.array(mask)[:, None]) for seed, count in enumerate(heads)
     )
     found = attention_divergence(student, teacher)
     for row, seen in enumerate(mask):
@@ -88,7 +88,7 @@ def test_attention_is_compared_over_what_both_may_look_at():
 
 
 def test_the_gradient_of_attention_is_student_less_teacher():
-    mask = jnp.asarray([[1, 1, 1, 1, 0]], bool)[:, None].repeat(3, axis=0)
+    mask = jnp.array([[1, 1, 1, 1, 0]], bool)[:, None].repeat(3, axis=0)
     student, teacher = attention_of(2, 0, mask), attention_of(2, 1, mask)
     slopes = jax.grad(
         lambda s, t: attention_divergence(SelfAttention(s, mask), SelfAttention(t, mask)).sum(),

@@ -43,14 +43,14 @@ VECTORS = {
 @pytest.mark.parametrize("name", VECTORS)
 def test_the_rank_agrees_with_the_singular_values(name):
     vectors = VECTORS[name]
-    found = effective_rank(jnp.asarray(vectors), jnp.ones(len(vectors), bool))
+    found = effective_rank(jnp.array(vectors), jnp.ones(len(vectors), bool))
     np.testing.assert_allclose(found, rank_of(vectors) / min(vectors.shape), rtol=2e-4)
 
 
 def test_the_rank_goes_from_one_line_to_all_directions():
     every = effective_rank(jnp.eye(8)[:, [3, 1, 2, 0, 4, 7, 5, 6]], jnp.ones(8, bool))
     np.testing.assert_allclose(every, 1, rtol=1e-5)
-    line = jnp.asarray(np.repeat(unit_vectors(1, 8), 20, axis=0))
+    line = jnp.array(np.repeat(unit_vectors(1, 8), 20, axis=0))
     np.testing.assert_allclose(effective_rank(line, jnp.ones(20, bool)), 1 / 8, rtol=1e-5)
 
 
@@ -61,15 +61,15 @@ def test_uniformity_agrees_with_the_paper():
         np.exp(-2 * np.square(vectors[i].astype(np.float64) - vectors[j]).sum())
         for i, j in np.argwhere(pairs)
     ]
-    found = uniformity(jnp.asarray(vectors), jnp.asarray(pairs))
+    found = uniformity(jnp.array(vectors), jnp.array(pairs))
     np.testing.assert_allclose(found, np.log(np.mean(kernel)), rtol=1e-5)
 
 
 def test_uniformity_goes_from_one_vector_to_the_sphere():
     pairs = ~jnp.eye(100, dtype=bool)
-    same = jnp.asarray(np.repeat(unit_vectors(1, 8), 100, axis=0))
+    same = jnp.array(np.repeat(unit_vectors(1, 8), 100, axis=0))
     np.testing.assert_allclose(uniformity(same, pairs), 0, atol=1e-5)
-    spread = jnp.asarray(unit_vectors(100, 2000))
+    spread = jnp.array(unit_vectors(100, 2000))
     np.testing.assert_allclose(uniformity(spread, pairs), -4, atol=0.02)
 
 
@@ -148,4 +148,4 @@ def test_measuring_leaves_no_gradient():
             total for total, _ in geometry_metrics(images, images[::-1], valid, number).values()
         )
 
-    assert not jax.grad(total)(jnp.asarray(unit_vectors(6, 4))).any()
+    assert not jax.grad(total)(jnp.array(unit_vectors(6, 4))).any()

@@ -13,8 +13,8 @@ def test_cross_entropy_of_any_rows():
     x = logits.astype(np.float64)
     log_p = x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
     expected = -np.take_along_axis(log_p, labels[..., None], axis=-1)[..., 0]
-    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    found = cross_entropy(jnp.array(logits), jnp.array(labels))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
     labels[0, 1] = -1
-    found = cross_entropy(jnp.asarray(logits), jnp.asarray(labels))
+    found = cross_entropy(jnp.array(logits), jnp.array(labels))
     assert np.isfinite(found).all()

@@ -43,13 +43,13 @@ def test_blocks_agree_with_the_algorithm(grid, count):
     blocks = jax.jit(blocks_of, static_argnums=(1, 2))
     for seed in range(20):
         uniform = np.random.default_rng(seed).random((PROPOSALS, 4), np.float32)
-        found = blocks(jnp.asarray(uniform), grid, count)
+        found = blocks(jnp.array(uniform), grid, count)
         np.testing.assert_array_equal(found, blocks_by_loops(uniform, grid, count))
 
 
 def blocks(pictures=2000, grid=(14, 14), rate=0.4, key=0, index=None):
     index = np.arange(pictures) if index is None else index
-    keys = example_keys(jax.random.key(key), jnp.asarray(index))
+    keys = example_keys(jax.random.key(key), jnp.array(index))
     return np.asarray(jax.jit(choose_blocks, static_argnums=(1, 2))(keys, grid, rate))
 
 
@@ -113,10 +113,10 @@ class CodeModel(FakeModel):
         return encoded(text, text_mask)
 
     def score_codes(self, tokens):
-        return jnp.asarray(self.logits[0]) + 0 * self._seen(tokens)
+        return jnp.array(self.logits[0]) + 0 * self._seen(tokens)
 
     def score_codes_alone(self, tokens):
-        return jnp.asarray(self.logits[1]) + 0 * self._seen(tokens)
+        return jnp.array(self.logits[1]) + 0 * self._seen(tokens)
 
     def _seen(self, tokens):
         self.hidden = ~np.asarray(tokens).any(
@@ -161,7 +161,7 @@ def test_the_gradient_is_probability_less_target():
 
     model = CodeModel()
     MaskedCodes()(Features(model, BATCH, tokenizer=FakeTokenizer()), jax.random.key(0))
-    gradient = jax.grad(total)(jnp.asarray(LOGITS[0]))
+    gradient = jax.grad(total)(jnp.array(LOGITS[0]))
     target = jax.nn.one_hot(BATCH["image_codes"], CODES)
     expected = (jax.nn.softmax(LOGITS[0]) - target) * model.hidden[..., None]
     np.testing.assert_allclose(gradient, expected, atol=1e-6)

@@ -33,8 +33,8 @@ def texts(rows, length=20, seed=0):
 
 def corrupt(text, maskable, key=0, index=None, rate=0.15, whole_words=False):
     index = np.arange(len(text)) if index is None else index
-    keys = example_keys(jax.random.key(key), jnp.asarray(index))
-    continues = jnp.asarray(FakeTokenizer().continues) if whole_words else None
+    keys = example_keys(jax.random.key(key), jnp.array(index))
+    continues = jnp.array(FakeTokenizer().continues) if whole_words else None
     out = jax.jit(
         lambda text, maskable: mask_tokens(
             text,
@@ -45,7 +45,7 @@ def corrupt(text, maskable, key=0, index=None, rate=0.15, whole_words=False):
             vocabulary_size=WORDS,
             continues=continues,
         )
-    )(jnp.asarray(text), jnp.asarray(maskable))
+    )(jnp.array(text), jnp.array(maskable))
     return [np.asarray(x) for x in out]
 
 
@@ -126,7 +126,7 @@ class WordModel(FakeModel):
 
     def score_words(self, tokens):
         self.seen = np.asarray(tokens[..., 0]).astype(int)
-        return jnp.asarray(self.logits)
+        return jnp.array(self.logits)
 
     score_words_alone = score_words
 
@@ -166,9 +166,9 @@ def test_agrees_with_plain_cross_entropy(rows, length, objective, name, whole_wo
     np.testing.assert_array_equal(seen[~maskable], text[~maskable])
     keys = example_keys(purpose_key(jax.random.key(0), "masked_language"), jnp.arange(rows))
     _, chosen = mask_tokens(
-        jnp.asarray(text), jnp.asarray(maskable), keys, rate=0.5, mask_id=MASK,
+        jnp.array(text), jnp.array(maskable), keys, rate=0.5, mask_id=MASK,
         vocabulary_size=WORDS,
-        continues=jnp.asarray(FakeTokenizer().continues) if whole_words else None,
+        continues=jnp.array(FakeTokenizer().continues) if whole_words else None,
     )  # fmt: skip
     chosen = np.asarray(chosen)
     assert chosen[seen != text].all()
@@ -196,8 +196,8 @@ def test_a_batch_without_words_costs_nothing():
 
 def test_the_gradient_is_probability_less_target():
     rng = np.random.default_rng(0)
-    logits = jnp.asarray(rng.normal(size=(2, 3, 7)), jnp.float32)
-    text = jnp.asarray(rng.integers(0, 7, (2, 3)))
+    logits = jnp.array(rng.normal(size=(2, 3, 7)), jnp.float32)
+    text = jnp.array(rng.integers(0, 7, (2, 3)))
     gradient = jax.grad(lambda x: word_loss(x, text).sum())(logits)
     expected = jax.nn.softmax(logits) - jax.nn.one_hot(text, 7)
     np.testing.assert_allclose(gradient, expected, atol=1e-6)

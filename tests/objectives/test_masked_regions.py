@@ -53,7 +53,7 @@ def plain_kl(logits, target):
 def test_distances_of_features():
     found, target = regions()
     expected = ((found - target).astype(np.float64) ** 2).mean(axis=-1)
-    given = jnp.asarray(found), jnp.asarray(target)
+    given = jnp.array(found), jnp.array(target)
     np.testing.assert_allclose(squared_error(*given), expected, rtol=1e-5)
     np.testing.assert_allclose(smooth_l1(*given), plain_smooth_l1(found, target), rtol=1e-5)
 
@@ -62,7 +62,7 @@ def test_divergence_of_classes():
     logits, target = regions()
     target = np.exp(log_softmax(target)).astype(np.float32)
     target[0, 0] = np.eye(7)[3]
-    x, q = jnp.asarray(logits), jnp.asarray(target)
+    x, q = jnp.array(logits), jnp.array(target)
     np.testing.assert_allclose(kl_divergence(x, q), plain_kl(logits, target), rtol=1e-5)
     np.testing.assert_allclose(kl_divergence(x, jax.nn.softmax(x)), 0, atol=1e-6)
     gradient = jax.grad(lambda x: kl_divergence(x, q).sum())(x)
@@ -184,7 +184,7 @@ def test_words_and_regions_may_be_hidden_at_once():
     """Regions are then told from what is left of the text."""
     given = batch()
     seen = features("uniter", given, {"regions": 0.5, "conditional": False})
-    words = jnp.where(jnp.arange(7) == 1, 4, jnp.asarray(given["text"]))
+    words = jnp.where(jnp.arange(7) == 1, 4, jnp.array(given["text"]))
     seen.__dict__["_masked_text"] = words, words == 4
     alone = features("uniter", given | {"text": np.asarray(words)})
     expected = RegionLabels()(alone, KEY).total

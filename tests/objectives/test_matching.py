@@ -35,7 +35,7 @@ class NumberedModel(FakeModel):
         return jnp.eye(ROWS)[image.pooled[:, 0].astype(int)]
 
     def embed_text(self, text):
-        scores = jnp.zeros((ROWS, ROWS)) if self.scores is None else jnp.asarray(self.scores)
+        scores = jnp.zeros((ROWS, ROWS)) if self.scores is None else jnp.array(self.scores)
         return scores.T[text.pooled[:, 0].astype(int)]
 
     def match(self, fused):
@@ -47,7 +47,7 @@ def features(model, image_id=IMAGE_ID, valid=VALID, order=None):
     """The batch, its rows in some `order`."""
     order = np.arange(ROWS) if order is None else order
     batch = batch_of(ROWS, image_id=image_id[order], valid=valid[order], index=INDEX[order])
-    numbers = jnp.asarray(order, jnp.float32)[:, None]
+    numbers = jnp.array(order, jnp.float32)[:, None]
     return Features(model, batch | {"image": numbers, "text": numbers})
 
 
@@ -104,7 +104,7 @@ def test_a_constant_answer_costs_the_class_prior():
 
 def test_agrees_with_plain_cross_entropy():
     logits = np.random.default_rng(3).normal(size=(ROWS, ROWS, 2)).astype(np.float32)
-    model = NumberedModel(answer=lambda image, text: jnp.asarray(logits[image, text]))
+    model = NumberedModel(answer=lambda image, text: jnp.array(logits[image, text]))
     loss = Matching()(features(model), jax.random.key(0))
     asked, _ = pairs(jax.random.key(0))
     x = logits[asked[:, 0], asked[:, 1]].astype(np.float64)
@@ -169,12 +169,12 @@ def test_no_gradient_flows_through_the_draw():
         model.contrastive.scale, model.match = scores.sum(), lambda fused: fused.pooled
         return Matching()(features(model), jax.random.key(0)).total
 
-    gradient = jax.grad(loss)(jnp.asarray(np.random.default_rng(0).normal(size=(ROWS, ROWS))))
+    gradient = jax.grad(loss)(jnp.array(np.random.default_rng(0).normal(size=(ROWS, ROWS))))
     assert not np.asarray(gradient).any()
 
 
 def test_the_gradient_of_the_scores():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
+    logits = jnp.array(np.random.default_rng(0).normal(size=(4, 2)), jnp.float32)
     labels = jnp.array([True, False, True, False])
     gradient = jax.grad(lambda x: matching_loss(x, labels).sum())(logits)
     target = np.stack([~np.asarray(labels), np.asarray(labels)], axis=1)

@@ -16,7 +16,8 @@ from mmjax.objectives.momentum import EMPTY, MomentumContrastive, enqueue, momen
 from mmjax.sharding import make_mesh
 from tests.models.reference import assert_close
 from tests.objectives.fakes import FakeModel, batch_of
-from tests.training.test_step import Run, one_device
+from tests.runs import one_device
+from tests.training.test_step import Run
 
 KEY = jax.random.key(0)
 SCALE = 4.0
@@ -63,9 +64,9 @@ def test_agrees_with_the_paper(alpha, shape):
 def test_the_gradient_is_probability_less_target():
     logits, teacher, positives, there = case()
     gradients = jax.grad(
-        lambda a, b: momentum_nce(a, b, jnp.asarray(positives), jnp.asarray(there), 0.4).sum(),
+        lambda a, b: momentum_nce(a, b, jnp.array(positives), jnp.array(there), 0.4).sum(),
         (0, 1),
-    )(jnp.asarray(logits), jnp.asarray(teacher))
+    )(jnp.array(logits), jnp.array(teacher))
     for row, same, found, soft in zip(logits, positives, gradients[0], teacher, strict=True):
         same = same[there] / same[there].sum()
         target = 0.4 * np.exp(log_softmax(soft[there])) + 0.6 * same
@@ -82,7 +83,7 @@ def test_the_queue_holds_the_last_batches():
     queue, fifo = jnp.full((PLACES // ROWS, ROWS, 2), -1.0), []
     for step in range(8):
         newest = rng.normal(size=(ROWS, 2)).astype(np.float32)
-        queue = enqueue(queue, jnp.asarray(newest), jnp.asarray(step))
+        queue = enqueue(queue, jnp.array(newest), jnp.array(step))
         fifo = [*fifo, *newest][-PLACES:]
         held = np.asarray(queue).reshape(PLACES, 2)
         missing = PLACES - len(fifo)
@@ -90,7 +91,7 @@ def test_the_queue_holds_the_last_batches():
         found = held[(held != -1).all(axis=1)]
         np.testing.assert_array_equal(np.sort(found, axis=0), np.sort(fifo, axis=0))
     # The step times the rows would be more than an int32 holds.
-    late = enqueue(queue, jnp.asarray(-newest), jnp.asarray(2**31 - 1, jnp.int32))
+    late = enqueue(queue, jnp.array(-newest), jnp.array(2**31 - 1, jnp.int32))
     late = np.asarray(late).reshape(PLACES, 2)
     np.testing.assert_array_equal(late[4:8], -newest)
     np.testing.assert_array_equal(np.delete(late, np.s_[4:8], 0), np.delete(held, np.s_[4:8], 0))
@@ -108,7 +109,7 @@ def features_of(arrays, image_id, valid, memory=None, step=0, average=True):
     given = Features(
         model,
         batch_of(len(image_id), image_id=np.array(image_id), valid=np.array(valid)),
-        step=jnp.asarray(step) if average else None,
+        step=jnp.array(step) if average else None,
         memory={} if memory is None else {"momentum_contrastive": memory},
         average=model if average else None,
     )
@@ -220,8 +221,8 @@ def test_the_accuracy_is_among_all_candidates():
     texts = np.eye(WIDTH, dtype=np.float32)[:ROWS]
     memory = {
         "image_queue": jnp.zeros((1, 4, WIDTH)),
-        "text_queue": jnp.asarray(2 * texts)[None],
-        "image_id_queue": jnp.asarray([[3, 8, EMPTY, EMPTY]]),
+        "text_queue": jnp.array(2 * texts)[None],
+        "image_id_queue": jnp.array([[3, 8, EMPTY, EMPTY]]),
     }
     features = features_of([texts] * 4, [3, 7, 5, 9], [True] * 4, memory)
     loss = MomentumContrastive(**OPTIONS)(features, KEY)
@@ -236,6 +237,7 @@ def test_a_queue_that_batches_do_not_fill_is_refused(size, take):
         MomentumContrastive(queue_size=size).memory(model, 4)
 
 
+@pytest.mark.slow
 def test_eight_devices_compute_what_one_does():
     """Losses, gradients, the average and the queue, beside what else learns from an average."""
     objectives = {

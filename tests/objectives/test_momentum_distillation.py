@@ -19,20 +19,20 @@ def log_softmax(x):
     [(0, 0, 0.4), (9, 0, 0.4), (0, 8, 0.0), (2, 8, 0.1), (8, 8, 0.4), (90, 8, 0.4)],
 )
 def test_the_share_grows_linearly(step, ramp_steps, expected):
-    assert float(ramped(0.4, jnp.asarray(step), ramp_steps)) == pytest.approx(expected)
+    assert float(ramped(0.4, jnp.array(step), ramp_steps)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (2, 4, 6), (1, 1)])
 def test_soft_targets_agree_with_the_plain_sum(shape):
     logits, teacher = 3 * np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     expected = -(np.exp(log_softmax(teacher)) * log_softmax(logits)).sum(axis=-1)
-    found = soft_cross_entropy(jnp.asarray(logits), jnp.asarray(teacher))
+    found = soft_cross_entropy(jnp.array(logits), jnp.array(teacher))
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 def test_only_the_student_learns():
     """The gradient is that of the Kullback-Leibler divergence: probability less the teacher's."""
-    logits, teacher = jnp.asarray(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
+    logits, teacher = jnp.array(np.random.default_rng(1).normal(size=(2, 3, 4)), jnp.float32)
     of_logits, of_teacher = jax.grad(lambda *x: soft_cross_entropy(*x).sum(), (0, 1))(
         logits, teacher
     )
@@ -49,9 +49,9 @@ def features(logits, step=None, average=None):
 
 
 def test_the_average_runs_only_where_it_teaches():
-    logits = jnp.asarray([[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]])
-    teacher, losses = logits[::-1], jnp.asarray([0.25, 4.0])
-    in_training = features(logits, jnp.asarray(3), features(teacher))
+    logits = jnp.array([[1.0, 2.0, -1.0], [0.0, 0.5, 3.0]])
+    teacher, losses = logits[::-1], jnp.array([0.25, 4.0])
+    in_training = features(logits, jnp.array(3), features(teacher))
     runs = []
 
     def logits_of(features):

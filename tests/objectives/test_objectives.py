@@ -70,8 +70,8 @@ def test_objectives_that_cannot_be_are_refused(changes, model, words):
 def test_the_total_is_the_weighted_sum_of_means():
     objectives = built({"contrastive": {"weight": 2.0}, "masked_language": {"weight": 3.0}})
     losses = {
-        "contrastive": Loss(jnp.asarray(8.0), jnp.asarray(4.0)),
-        "masked_language": Loss(jnp.asarray(6.0), jnp.asarray(12.0)),
+        "contrastive": Loss(jnp.array(8.0), jnp.array(4.0)),
+        "masked_language": Loss(jnp.array(6.0), jnp.array(12.0)),
     }
     weights = {name: loss.weight for name, loss in losses.items()}
     graph = nnx.split(nnx.eval_shape(lambda: build_model(tiny_model(), nnx.Rngs(0))))[0]

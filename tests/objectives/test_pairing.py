@@ -98,7 +98,9 @@ def test_transport_draws_true_pairs_together_and_false_ones_apart(family):
 def test_half_of_the_pairs_are_false_and_any_other_picture_may_be_the_partner():
     given = batch(rows=8)
     rows = np.arange(8)
-    drawn = [draw(given, jax.random.key(seed)) for seed in range(300)]
+    model = features("uniter", given)
+    draw_again = jax.jit(lambda key: draw_pairs(model, key))
+    drawn = [draw_again(jax.random.key(seed)) for seed in range(300)]
     partners, true, counted = (np.stack(x) for x in zip(*drawn, strict=True))
     assert not counted[:, 3].any()
     assert counted[:, rows != 3].all()
@@ -199,7 +201,7 @@ def test_a_model_must_have_the_head():
 def test_a_head_of_retrieval_says_it_itself():
     config = OscarConfig(StreamConfig(**TEXT), region_width=6, matching=True, contrasts=3)
     model = Oscar(config, nnx.Rngs(0))
-    inputs = {name: jnp.asarray(batch()[name]) for name in (*TEXT_SIDE, *IMAGE_SIDE)}
+    inputs = {name: jnp.array(batch()[name]) for name in (*TEXT_SIDE, *IMAGE_SIDE)}
     words = model.encode_text(inputs["text"], inputs["text_mask"])
     image = model.encode_image(*(inputs[name] for name in IMAGE_SIDE))
     expected = model(**inputs)["itm_logits"]

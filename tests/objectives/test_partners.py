@@ -52,14 +52,14 @@ def test_devices_take_the_exchange_that_they_have():
 @pytest.mark.parametrize("axes", [(1,), (8, 2), (8, 2, 2)], ids=str)
 @pytest.mark.parametrize("case", REQUESTS)
 def test_what_arrives_is_what_was_asked_for(case, axes):
-    rows = jnp.asarray(REQUESTS[case])
+    rows = jnp.array(REQUESTS[case])
     tree = {
-        "tokens": jnp.asarray(RANDOM.normal(size=(ROWS, 3, 4)), jnp.float32),
+        "tokens": jnp.array(RANDOM.normal(size=(ROWS, 3, 4)), jnp.float32),
         "half": jnp.arange(ROWS, dtype=jnp.bfloat16),
-        "mask": jnp.asarray(RANDOM.integers(0, 2, (ROWS, 3)) > 0),
+        "mask": jnp.array(RANDOM.integers(0, 2, (ROWS, 3)) > 0),
         "none": None,
     }
-    weights = jnp.asarray(RANDOM.normal(size=(ROWS, 3, 4)), jnp.float32)
+    weights = jnp.array(RANDOM.normal(size=(ROWS, 3, 4)), jnp.float32)
 
     def run(tree, rows):
         _, back = jax.vjp(lambda x: fetch(tree | {"tokens": x}, rows)["tokens"], tree["tokens"])

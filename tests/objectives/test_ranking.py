@@ -36,13 +36,13 @@ class NumberedModel(FakeModel):
     def rank(self, fused):
         image, text = fused.pooled.astype(int).T
         self.asked.append((image, text))
-        return jnp.asarray(SCORES)[image, text]
+        return jnp.array(SCORES)[image, text]
 
 
 def batch(order=None, image_id=IMAGE_ID, valid=VALID):
     order = np.arange(ROWS) if order is None else order
     given = batch_of(len(order), image_id=image_id[order], valid=valid[order], index=INDEX[order])
-    numbers = jnp.asarray(order, jnp.float32)[:, None]
+    numbers = jnp.array(order, jnp.float32)[:, None]
     return given | {"image": numbers, "text": numbers}
 
 
@@ -63,8 +63,8 @@ def is_false(pairs):
 def test_partners_are_different_and_allowed_and_any_is_as_likely():
     rng = np.random.default_rng(0)
     allowed = np.array([[0, 1, 1, 1, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 0]], bool)
-    noise = jnp.asarray(rng.gumbel(size=(4000, 3, 5)), jnp.float32)
-    found, counts = jax.vmap(lambda noise: draw_partners(noise, jnp.asarray(allowed), 3))(noise)
+    noise = jnp.array(rng.gumbel(size=(4000, 3, 5)), jnp.float32)
+    found, counts = jax.vmap(lambda noise: draw_partners(noise, jnp.array(allowed), 3))(noise)
     found = np.asarray(found)
     assert (np.sort(found)[..., 1:] != np.sort(found)[..., :-1]).all()
     np.testing.assert_array_equal(counts[0].sum(axis=1), [3, 2, 0])
@@ -94,7 +94,7 @@ def test_margins_of_sigmoids():
 
     expected = np.maximum(0.2 + sigmoid(false) - sigmoid(true)[:, None], 0)
     assert expected[0, 1] == 0
-    found = margin_loss(jnp.asarray(true, jnp.float32), jnp.asarray(false, jnp.float32), 0.2)
+    found = margin_loss(jnp.array(true, jnp.float32), jnp.array(false, jnp.float32), 0.2)
     np.testing.assert_allclose(found, expected, atol=1e-6)
 
 

@@ -52,7 +52,7 @@ def plain_distance(words, regions, word_mask, region_mask):
 
 
 def test_agrees_with_the_paper():
-    words, regions, word_mask, region_mask = (jnp.asarray(x) for x in tokens())
+    words, regions, word_mask, region_mask = (jnp.array(x) for x in tokens())
     found = transport_distance(words, regions, word_mask, region_mask)
     np.testing.assert_allclose(found, plain_distance(*tokens()), rtol=1e-5)
     cost = cosine_distance(words, regions)
@@ -70,17 +70,17 @@ def test_many_steps_find_the_cheapest_plan():
     cost = plain_cost(*np.random.default_rng(3).normal(size=(2, 6, 5)))
     rows, columns = linear_sum_assignment(cost)
     mask = jnp.ones((1, 6), bool)
-    plan = transport_plan(jnp.asarray(cost[None], jnp.float32), mask, mask, 0.5, 500)[0]
+    plan = transport_plan(jnp.array(cost[None], jnp.float32), mask, mask, 0.5, 500)[0]
     np.testing.assert_allclose((plan * cost).sum(), cost[rows, columns].mean(), rtol=1e-3)
     np.testing.assert_allclose(plan.sum(axis=0), 1 / 6, rtol=1e-3)
 
 
 def test_padding_changes_nothing():
     words, regions, word_mask, region_mask = tokens()
-    masks = jnp.asarray(word_mask), jnp.asarray(region_mask)
+    masks = jnp.array(word_mask), jnp.array(region_mask)
 
     def distances(words, regions):
-        found = transport_distance(jnp.asarray(words), jnp.asarray(regions), *masks)
+        found = transport_distance(jnp.array(words), jnp.array(regions), *masks)
         return found.sum(), found
 
     noisy = np.where(word_mask[..., None], words, 9), np.where(region_mask[..., None], regions, 0)
@@ -94,7 +94,7 @@ def test_padding_changes_nothing():
 
 
 def test_the_plan_is_no_path_for_gradients():
-    words, regions, word_mask, region_mask = (jnp.asarray(x) for x in tokens())
+    words, regions, word_mask, region_mask = (jnp.array(x) for x in tokens())
     plan = transport_plan(cosine_distance(words, regions), word_mask, region_mask)
 
     def at_the_plan(words):
@@ -109,37 +109,37 @@ def test_nothing_costs_nothing(empty):
     words, regions, word_mask, region_mask = tokens()
     word_mask[0] &= empty == "regions"
     region_mask[0] &= empty == "words"
-    masks = jnp.asarray(word_mask), jnp.asarray(region_mask)
+    masks = jnp.array(word_mask), jnp.array(region_mask)
 
     def total(words):
-        found = transport_distance(words, jnp.asarray(regions), *masks)
+        found = transport_distance(words, jnp.array(regions), *masks)
         return found.sum(), found
 
-    gradient, found = jax.grad(total, has_aux=True)(jnp.asarray(words))
+    gradient, found = jax.grad(total, has_aux=True)(jnp.array(words))
     assert found[0] == 0
     assert not gradient[0].any()
     np.testing.assert_allclose(found[1:], plain_distance(*tokens())[1:], rtol=1e-5)
 
 
 def test_half_precision_tokens_are_compared_in_full():
-    words, regions, *masks = (jnp.asarray(x) for x in tokens())
+    words, regions, *masks = (jnp.array(x) for x in tokens())
     rounded = words.astype(jnp.bfloat16), regions.astype(jnp.bfloat16)
     expected = transport_distance(*(x.astype(jnp.float32) for x in rounded), *masks)
     np.testing.assert_array_equal(transport_distance(*rounded, *masks), expected)
 
 
 def test_true_pairs_count_up_and_false_ones_down():
-    distance = jnp.asarray([0.5, 0.25, 8.0, 2.0])
-    labels, counted = jnp.asarray([True, False, True, True]), jnp.asarray([True, True, False, True])
+    distance = jnp.array([0.5, 0.25, 8.0, 2.0])
+    labels, counted = jnp.array([True, False, True, True]), jnp.array([True, True, False, True])
     total, weight = signed_distance(distance, labels, counted)
     assert (total, weight) == (0.5 - 0.25 + 2.0, 3)
 
 
 def test_uniter(shared):
     recorded = Recorded(shared / "goldens" / "uniter_dev.npz")
-    word_mask = jnp.asarray(~recorded["in/itm/ot_inputs.txt_pad"])
-    region_mask = jnp.asarray(~recorded["in/itm/ot_inputs.img_pad"])
-    plan = transport_plan(jnp.asarray(recorded["out/itm/ot_cost"]), word_mask, region_mask)
+    word_mask = jnp.array(~recorded["in/itm/ot_inputs.txt_pad"])
+    region_mask = jnp.array(~recorded["in/itm/ot_inputs.img_pad"])
+    plan = transport_plan(jnp.array(recorded["out/itm/ot_cost"]), word_mask, region_mask)
     recorded.check("out/itm/ot_plan_T", plan.swapaxes(1, 2))
 
 
@@ -147,14 +147,14 @@ def test_vilt(shared):
     """Without [CLS], [SEP] and the class token of the picture."""
     recorded = Recorded(shared / "goldens" / "vilt_dev.npz")
     words, patches = (
-        jnp.asarray(recorded[f"out/mlm_itm_vqa/infer1/{name}_feats"]) for name in ("text", "image")
+        jnp.array(recorded[f"out/mlm_itm_vqa/infer1/{name}_feats"]) for name in ("text", "image")
     )
     lengths = np.array(recorded.config["lens"])[:, None]
     places = np.arange(words.shape[1])
-    word_mask = jnp.asarray((places > 0) & (places < lengths - 1))
+    word_mask = jnp.array((places > 0) & (places < lengths - 1))
     patch_mask = jnp.ones(patches.shape[:2], bool).at[:, 0].set(False)
     distance = transport_distance(words, patches, word_mask, patch_mask)
-    labels = jnp.asarray(recorded["draw/itm_labels"] == 1)
+    labels = jnp.array(recorded["draw/itm_labels"] == 1)
     total, weight = signed_distance(distance, labels, jnp.ones(4, bool))
     np.testing.assert_allclose(
         0.1 * total / weight, recorded["loss/mlm_itm_vqa/itm_wpa"], rtol=0, atol=1e-6

@@ -38,7 +38,7 @@ def arguments(seed=0):
         Side(rows, *marks, teacher),
         (Side(texts, *marks), Side(queue, QUEUE_ID, WAITING, none, none)),
     )
-    return (Scale(jnp.asarray(7.0), jnp.asarray(-2.0)), *jax.tree.map(jnp.asarray, sides))
+    return (Scale(jnp.array(7.0), jnp.array(-2.0)), *jax.tree.map(jnp.asarray, sides))
 
 
 def on_devices(devices, fsdp=1, tensor=1):
@@ -201,10 +201,10 @@ def test_draws_have_the_distribution_of_the_softmax(evenly):
     """Chi-squared of 20,000 draws of every row against (1 − ε) softmax + ε even."""
     rows, times = 8, 20_000
     vectors = unit_vectors(rows, WIDTH), unit_vectors(rows, WIDTH, seed=1)
-    image_id, valid = jnp.asarray([0, 0, 1, 2, 3, 4, 4, 5]), jnp.arange(rows) != 3
+    image_id, valid = jnp.array([0, 0, 1, 2, 3, 4, 4, 5]), jnp.arange(rows) != 3
     marks = image_id, valid, jnp.arange(rows), jnp.arange(rows)
-    sides = Side(jnp.asarray(vectors[0]), *marks), Side(jnp.asarray(vectors[1]), *marks)
-    scale = Scale(jnp.asarray(3.0), jnp.zeros(()))
+    sides = Side(jnp.array(vectors[0]), *marks), Side(jnp.array(vectors[1]), *marks)
+    scale = Scale(jnp.array(3.0), jnp.zeros(()))
 
     @jax.jit
     @jax.vmap

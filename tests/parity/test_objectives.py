@@ -161,6 +161,6 @@ def test_flava_matches_masked_pairs(sides):
 
     def mean(model):
         logits = model.match(masked_features(model).words_masked.fused)
-        return matching_loss(logits, jnp.asarray(truth)).mean()
+        return matching_loss(logits, jnp.array(truth)).mean()
 
     sides.assert_same(mean, flava_answer(sides, TEXT + IMAGE, truth)["itm"])

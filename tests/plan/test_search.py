@@ -26,6 +26,7 @@ def test_remat_only_grows(config):
         (f"{TEXT}=products",),
         (f"{TEXT}=dots",),
         (f"{IMAGE}=attention", f"{TEXT}=attention"),
+        (f"{IMAGE}=heads", f"{TEXT}=heads"),
         (f"{IMAGE}=full", f"{TEXT}=full"),
     ]
 
@@ -71,8 +72,8 @@ def commands(monkeypatch):
 
 def test_each_kind_of_change_is_tried_until_it_helps(config, commands):
     trials = search(config, 16, ["--config=recipe.py", "--topology=v5e:4x4", "--schedules"])
-    # Four policies; fsdp 4 and 16; two batches. One helped, so nothing is combined.
-    assert [trial.fits for trial in trials] == [False] * 3 + [True] + [False] * 4
+    # Five policies; fsdp 4 and 16; two batches. One helped, so nothing is combined.
+    assert [trial.fits for trial in trials] == [False] * 4 + [True] + [False] * 4
     assert all(command[3] == "--config=recipe.py" for command in commands)
     assert all(
         command.index("--noschedules") > command.index("--schedules") for command in commands

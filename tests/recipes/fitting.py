@@ -2,22 +2,21 @@
 
 import dataclasses
 import importlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from mmjax.data import load_source
 from mmjax.sharding import to_device
-from mmjax.training.checkpoints import Checkpointer
-from mmjax.training.program import Program
-from mmjax.training.start import load_tokenizer, resolve, start_state
+from tests.runs import begin, one_device
 from train import open_batches
 
 STEPS = 200
+LOOK_EVERY = 20
+Losses = dict[str, float]
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -31,28 +30,23 @@ def tiny(recipe: str) -> ConfigDict:
     return importlib.import_module(f"configs.{recipe.replace('/', '.')}").get_config("tiny")
 
 
-def one_device() -> Mesh:
-    return jax.make_mesh(
-        (1, 1, 1), ("data", "fsdp", "tensor"), (AxisType.Auto,) * 3, devices=jax.devices()[:1]
-    )
-
-
-def fit(config: ConfigDict, workdir: Path) -> tuple[dict[str, float], dict[str, Any]]:
-    """The metrics of the last of STEPS steps, and the batch that all of them were made on."""
-    mesh, source = one_device(), load_source(config.data.to_dict())
-    with jax.set_mesh(mesh), Checkpointer(workdir, **config.checkpoint) as checkpointer:
-        tokenizer = load_tokenizer(config, source, workdir, False)
-        config = resolve(config, tokenizer, source)
-        program = Program.build(config, tokenizer, mesh)
-        state = start_state(config, program.contents, mesh, checkpointer)
+def fit(
+    config: ConfigDict, workdir: Path, learned: Callable[[Losses, dict[str, Any]], bool]
+) -> tuple[Losses, dict[str, Any]]:
+    """The last step's metrics and the batch of all steps: STEPS, or fewer if that is `learned`."""
+    with jax.set_mesh(mesh := one_device()):
+        program, state, source = begin(config, workdir, mesh)
         batches = open_batches(program, source, 0)
         batch = next(batches)
         batches.close()
         on_device = to_device(batch, mesh)
         step, _ = program.compile_step(state, on_device)
-        for _ in range(STEPS):
+        for number in range(1, STEPS + 1):
             state, metrics = step(state, on_device)
             # The step's number draws masks and negatives: they are part of what is fixed.
             state = dataclasses.replace(state, step=jnp.zeros_like(state.step))
-        last = jax.device_get(metrics)
-    return {name: float(value) for name, value in last.items()}, batch
+            if number % LOOK_EVERY == 0:
+                losses = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                if learned(losses, batch):
+                    break
+    return losses, batch

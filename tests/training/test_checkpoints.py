@@ -47,14 +47,14 @@ def make_state(step=0, *, width=8, head="head", ema=False):
     rng = np.random.default_rng(step)
     params = {
         "encoder": {
-            "kernel": jnp.asarray(rng.normal(size=(512, width)), jnp.float32),
+            "kernel": jnp.array(rng.normal(size=(512, width)), jnp.float32),
             "bias": jnp.zeros(width),
         },
-        head: {"kernel": jnp.asarray(rng.normal(size=(width, 16)), jnp.bfloat16)},
+        head: {"kernel": jnp.array(rng.normal(size=(width, 16)), jnp.bfloat16)},
     }
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     average = jax.tree.map(lambda leaf: leaf + 1, params) if ema else None
-    return State(jnp.asarray(step, jnp.int32), params, optimizer.init(params), average)
+    return State(jnp.array(step, jnp.int32), params, optimizer.init(params), average)
 
 
 def abstract(state, sharding=None):
@@ -208,7 +208,7 @@ from mmjax.training.checkpoints import Checkpointer
 checkpointer = Checkpointer(sys.argv[1], every=1, keep=3)
 for step in range(1, 1000):
     values = np.random.default_rng(step).normal(size=(1000, 1500)).astype(np.float32)
-    checkpointer.save(step, {"params": {"kernel": jnp.asarray(values)}}, {"config": {"s": step}})
+    checkpointer.save(step, {"params": {"kernel": jnp.array(values)}}, {"config": {"s": step}})
 """
 
 
@@ -476,13 +476,14 @@ def test_saving_costs_the_loop_little_time_and_disk(tmp_path):
         f"layer{i}": {"kernel": jax.random.normal(jax.random.key(i), (500, 400))} for i in range(10)
     }
     state = State(jnp.zeros((), jnp.int32), params, optax.adamw(1e-3).init(params), None)
-    blocked = []
+    shares = []
     with Checkpointer(tmp_path, every=1, keep=1) as checkpointer:
         for step in range(1, 4):
             start = time.perf_counter()
             checkpointer.save(step, state, ASSETS)
-            blocked.append(time.perf_counter() - start)
+            blocked = time.perf_counter() - start
             checkpointer.wait()
-    assert min(blocked) < 0.1
+            shares.append(blocked / (time.perf_counter() - start))
+    assert min(shares) < 0.5  # the rest is written while the loop goes on
     size = sum(file.stat().st_size for file in tmp_path.rglob("*") if file.is_file())
     assert size < 1.02 * 4 * 2_000_000  # the optimizer's zeros compress to nothing

@@ -203,7 +203,7 @@ def test_the_prior_follows_the_share_of_true_pairs():
 
 def test_parameters_at_their_bounds():
     params = {
-        "head": {"logit_scale": jnp.asarray(log(100.0)), "gate": jnp.asarray([0.0, 0.5, 1.0, 1.0])},
+        "head": {"logit_scale": jnp.array(log(100.0)), "gate": jnp.array([0.0, 0.5, 1.0, 1.0])},
         "kernel": jnp.zeros(3),
     }
     rules = ((".*/logit_scale", (0.0, log(100.0))), (".*/gate", (-np.inf, 1.0)))
@@ -212,7 +212,7 @@ def test_parameters_at_their_bounds():
         "head/logit_scale/at_upper_bound": 1.0,
         "head/gate/at_upper_bound": 0.5,
     }
-    params["head"]["logit_scale"] = jnp.asarray(4.5)
+    params["head"]["logit_scale"] = jnp.array(4.5)
     assert at_bounds(rules, params)["head/logit_scale/at_upper_bound"] == 0.0
 
 

@@ -88,7 +88,7 @@ def test_schedules_follow_their_closed_forms(kind, cooldown, closed_form):
     for step in range(WARMUP):
         np.testing.assert_allclose(schedule(step), PEAK * step / WARMUP, rtol=1e-6)
     for step in (10, 11, 50, 79, 80, 81, 99, 100):
-        np.testing.assert_allclose(schedule(jnp.asarray(step)), closed_form(step), rtol=1e-5)
+        np.testing.assert_allclose(schedule(jnp.array(step)), closed_form(step), rtol=1e-5)
     if kind in ("cosine", "linear") or cooldown:
         np.testing.assert_allclose(schedule(TOTAL + 50), 0.1 * PEAK, rtol=1e-5)
 
@@ -216,7 +216,7 @@ def test_a_first_moment_in_half_precision_is_rounded_between_steps_alone():
     assert {x.dtype.name for x in jax.tree.leaves(moments) if x.ndim} == {"bfloat16", "float32"}
 
     def rounded(moment):
-        return np.asarray(jnp.asarray(moment, jnp.bfloat16), np.float64)
+        return np.asarray(jnp.array(moment, jnp.bfloat16), np.float64)
 
     kernel = values(0)["image"]["layers"]["mlp"]["up"]["kernel"]
     gradients = [values(n + 1)["image"]["layers"]["mlp"]["up"]["kernel"] for n in range(5)]

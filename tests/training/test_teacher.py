@@ -38,7 +38,7 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     params = split(lambda: VisionLanguageModel(MODEL, nnx.Rngs(0)))[1]
     average = jax.tree.map(lambda x: x + 1, params)
-    state = {"step": jnp.asarray(3), "params": params, "ema": average}
+    state = {"step": jnp.array(3), "params": params, "ema": average}
     config = {
         "model": {"kind": "vision_language", **describe(MODEL)},
         "optimizer": {"ema_decay": 0.9},

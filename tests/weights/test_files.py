@@ -226,7 +226,7 @@ def test_written_arrays_are_read_by_the_library_and_by_us(tmp_path):
         "half": values.astype(np.float16),
         "ids": np.arange(3),
         "mask": values > 0,
-        "jax": jnp.asarray(values),
+        "jax": jnp.array(values),
         "big_endian": values.astype(">f4"),
     }
     write_safetensors(tmp_path / "new" / "model.safetensors", arrays)

@@ -16,6 +16,7 @@ import mmjax
 from mmjax.errors import InputError
 from mmjax.models import VisionLanguageModel, resize_position_embedding
 from mmjax.models.encoders import TextModel, TextModelConfig
+from mmjax.models.model import _forward
 from mmjax.rules import by_path
 from mmjax.weights.families.bert import resize_rows
 from mmjax.weights.family import Family
@@ -303,6 +304,18 @@ def test_nothing_is_random_unless_asked_for():
     assert np.abs(noisy - first).max() > 1e-3  # the file says dropout 0.1
     with pytest.raises(InputError, match="train=True"):
         model(**inputs, train=True)
+
+
+def test_a_model_that_is_called_again_is_not_compiled_again():
+    """Nor is another model of the same structure; inputs of another shape are."""
+    short, long = np.ones((3, 7), np.int32), np.ones((3, 8), np.int32)
+    models = [mmjax.load(GOLDENS / "bert") for _ in range(2)]
+    before, programs = _forward._cache_size(), []
+    for model, text in ((models[0], short), (models[0], 2 * short), (models[1], short),
+                        (models[0], long)):  # fmt: skip
+        model(text=text)
+        programs.append(_forward._cache_size() - before)
+    assert programs == [1, 1, 1, 2]
 
 
 def test_unknown_and_missing_inputs_are_named():

@@ -51,13 +51,13 @@ def encoders_of(recorded: Recorded, words: int = 0, **text: Any) -> dict[str, An
 
 
 def pictures(recorded: Recorded) -> jax.Array:
-    return jnp.asarray(recorded["in/image"].transpose(0, 2, 3, 1))
+    return jnp.array(recorded["in/image"].transpose(0, 2, 3, 1))
 
 
 def texts(recorded: Recorded, name: str = "input_ids") -> tuple[jax.Array, jax.Array]:
     """Token ids, and where they are tokens."""
     mask = name.replace("input_ids", "attention_mask").replace("_ids", "_mask")
-    return jnp.asarray(recorded[f"in/{name}"]), jnp.asarray(recorded[f"in/{mask}"], bool)
+    return jnp.array(recorded[f"in/{name}"]), jnp.array(recorded[f"in/{mask}"], bool)
 
 
 def batch_of(recorded: Recorded, text: str = "input_ids", **fields: Any) -> dict[str, jax.Array]:
@@ -80,8 +80,8 @@ def queues_of(recorded: Recorded) -> dict[str, dict[str, jax.Array]]:
     size, rows = recorded.config["queue_size"], len(recorded["in/image"])
     others = 1000 + np.arange(size)
     image_id = recorded.arrays.get("w/idx_queue", np.full(size, -100)).reshape(-1)
-    queues = {name: jnp.asarray(recorded[f"w/{name}"].T) for name in ("image_queue", "text_queue")}
-    queues["image_id_queue"] = jnp.asarray(np.where(image_id < 0, others, image_id), jnp.int32)
+    queues = {name: jnp.array(recorded[f"w/{name}"].T) for name in ("image_queue", "text_queue")}
+    queues["image_id_queue"] = jnp.array(np.where(image_id < 0, others, image_id), jnp.int32)
     batches = {name: x.reshape(-1, rows, *x.shape[1:]) for name, x in queues.items()}
     return {"momentum_contrastive": batches}
 
@@ -93,7 +93,7 @@ def training_features(model: Any, teacher: Any, recorded: Recorded, **fields: An
         model,
         batch_of(recorded, **fields),
         tokenizer=TOKENIZER,
-        step=jnp.asarray(step),
+        step=jnp.array(step),
         memory=queues_of(recorded),
         average=teacher,
     )
@@ -107,7 +107,7 @@ def contrast(features: Features, recorded: Recorded, alpha: float) -> Loss:
 
 def match(features: Features, recorded: Recorded) -> Loss:
     """The drawn pairs."""
-    text, image = (jnp.asarray(recorded[f"draw/neg_{side}_idx"]) for side in ("text", "image"))
+    text, image = (jnp.array(recorded[f"draw/neg_{side}_idx"]) for side in ("text", "image"))
     there = jnp.ones(len(text), bool)
     return match_triples(features, Negatives(text, there, image, there))
 
@@ -158,10 +158,10 @@ def check_functions(recorded: Recorded, variant: str, alpha: float, added: float
     out = recorded.under(f"out/{variant}/")
     ids = queues_of(recorded)["momentum_contrastive"]["image_id_queue"].reshape(-1)
     own = recorded.arrays.get("in/idx", np.arange(len(recorded["in/image"])))
-    everything = jnp.asarray(np.concatenate([own, ids]))
-    positives, there = jnp.asarray(own)[:, None] == everything, everything >= 0
+    everything = jnp.array(np.concatenate([own, ids]))
+    positives, there = jnp.array(own)[:, None] == everything, everything >= 0
     for way in ("i2t", "t2i"):
-        logits, teacher = (jnp.asarray(out[f"sim_{way}{end}"]) for end in ("", "_m"))
+        logits, teacher = (jnp.array(out[f"sim_{way}{end}"]) for end in ("", "_m"))
         losses = momentum_nce(logits, teacher, positives, there, alpha)
         recorded.check(f"out/{variant}/loss_{way}", losses.mean())
         others = ~positives[:, : len(own)]
@@ -169,8 +169,8 @@ def check_functions(recorded: Recorded, variant: str, alpha: float, added: float
         drawn = np.where(others, out[f"weights_{way}"] - added, 0)
         found = negative_probabilities(np.asarray(logits[:, : len(own)]), np.asarray(others))
         assert_close(found, drawn / drawn.sum(axis=1, keepdims=True), OUTPUTS, way)
-    labels = jnp.asarray(out["itm_labels"], bool)
-    losses = matching_loss(jnp.asarray(out["vl_output"]), labels)
+    labels = jnp.array(out["itm_labels"], bool)
+    losses = matching_loss(jnp.array(out["vl_output"]), labels)
     recorded.check(f"loss/{variant}/itm", losses.mean())
 
 

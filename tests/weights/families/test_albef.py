@@ -98,7 +98,7 @@ def check(recorded, variants, model, loss):
 
 
 def cross_entropy(logits, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(labels))
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array(labels))
 
 
 @task("pretrain")
@@ -107,8 +107,8 @@ def test_pretraining(recorded, alpha, outputs, tmp_path):
     model = load_albef(recorded, tmp_path, "pretrain")
     teacher = load_teacher(recorded, tmp_path, "pretrain", model)
     drawn = (
-        jnp.asarray(recorded["draw/mlm_input_ids"]),
-        jnp.asarray(recorded["draw/mlm_labels"] != -100),
+        jnp.array(recorded["draw/mlm_input_ids"]),
+        jnp.array(recorded["draw/mlm_labels"] != -100),
     )
 
     def loss(model):
@@ -137,7 +137,7 @@ def test_retrieval(recorded, alpha, variants, tmp_path):
 
     def loss(model):
         features = training_features(
-            model, teacher, recorded, image_id=jnp.asarray(recorded["in/idx"], jnp.int32)
+            model, teacher, recorded, image_id=jnp.array(recorded["in/idx"], jnp.int32)
         )
         ita, itm = contrast(features, recorded, alpha), match(features, recorded)
         parts = {"ita": mean(ita), "itm": mean(itm)}
@@ -186,7 +186,7 @@ def answers_of(recorded):
         )
         fields[f"answer_{name}"][place] = array
     fields["answer_text_mask"] = fields["answer_text_mask"].astype(bool)
-    return {name: jnp.asarray(array) for name, array in fields.items()}, place
+    return {name: jnp.array(array) for name, array in fields.items()}, place
 
 
 @task("vqa")
@@ -198,7 +198,7 @@ def test_answers_to_questions(recorded, alpha, variants, tmp_path):
     batch = batch_of(recorded, "question_ids", **fields)
 
     def loss(model):
-        features = Features(model, batch, average=teacher, step=jnp.asarray(3))
+        features = Features(model, batch, average=teacher, step=jnp.array(3))
         answered = AnswerGeneration(distill=alpha)(features, KEY)
         taught = AnswerGeneration()(features.average, KEY)
         outputs = {
@@ -224,7 +224,7 @@ def test_answers_to_questions(recorded, alpha, variants, tmp_path):
 def test_the_loss_of_each_answer(recorded, alpha):
     out = recorded.under(f"out/distill_alpha{alpha}/")
     answer, mask = (array[:, 1:] for array in texts(recorded, "answer_ids"))
-    logits, teacher = (jnp.asarray(out[name]) for name in ("answer_logits", "logits_m"))
+    logits, teacher = (jnp.array(out[name]) for name in ("answer_logits", "logits_m"))
     soft = soft_cross_entropy(logits[:, :-1], teacher)
     words = mixed(word_loss(logits[:, :-1], answer), soft, alpha)
     found = answer_loss(words[:, None], mask[:, None], jnp.ones((len(answer), 1)))

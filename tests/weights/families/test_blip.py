@@ -102,7 +102,7 @@ def test_pretraining(recorded, model, alpha, outputs, tmp_path):
 def test_each_function(recorded):
     """A constant is added to every negative's probability."""
     check_functions(recorded, "alpha0.4", alpha=0.4, added=1e-4)
-    logits = jnp.asarray(recorded["out/alpha0.4/decoder_logits"][:, :-1])
+    logits = jnp.array(recorded["out/alpha0.4/decoder_logits"][:, :-1])
     text, mask = (array[:, 1:] for array in texts(recorded))
     losses = word_loss(logits, text, smoothing=0.1)
     recorded.check("loss/alpha0.4/lm", losses.mean(where=mask))

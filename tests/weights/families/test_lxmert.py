@@ -63,7 +63,7 @@ def inputs_of(recorded, types="segment_ids", region_mask=False):
     }
     if region_mask:
         inputs["region_mask"] = recorded["in/visual_attention_mask"].astype(bool)
-    return {name: jnp.asarray(array) for name, array in inputs.items()}
+    return {name: jnp.array(array) for name, array in inputs.items()}
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def losses(outputs, recorded):
     """All of them, from the model's outputs; a label of -1 is none."""
 
     def given(name):
-        return jnp.asarray(recorded[f"in/{name}"])
+        return jnp.array(recorded[f"in/{name}"])
 
     def mean(losses, counted):
         total, weight = weighted(losses, counted)

@@ -102,7 +102,7 @@ def maybe_matching(recorded):
 
 
 def test_encoders_and_fusion(tasks, model):
-    inputs = {name: jnp.asarray(array) for name, array in pair(tasks).items()}
+    inputs = {name: jnp.array(array) for name, array in pair(tasks).items()}
     image = model.encode_image(inputs["image"])
     text = model.encode_text(inputs["text"], inputs["text_mask"])
     tasks.check("hook/infer/vit_model#0", image.tokens)
@@ -115,15 +115,15 @@ def test_encoders_and_fusion(tasks, model):
 
 def test_positions_follow_the_padding(tasks, model):
     """Without a mask too: padding has the position before the first."""
-    found = model.text.embeddings(jnp.asarray(tasks["in/text_ids"]))
+    found = model.text.embeddings(jnp.array(tasks["in/text_ids"]))
     tasks.check("hook/infer/text_transformer.embeddings#0", found)
 
 
 def test_tasks_of_one_picture(tasks, model):
     tag = "mlm_itm_vqa_snli"
-    words, targets = tasks["in/text_labels_mlm"], jnp.asarray(tasks[f"out/{tag}/vqa_targets"])
-    is_masked, matches = words != -100, jnp.asarray(tasks["draw/itm_labels"] == 1)
-    relations = jnp.asarray(tasks["in/snli_labels"])
+    words, targets = tasks["in/text_labels_mlm"], jnp.array(tasks[f"out/{tag}/vqa_targets"])
+    is_masked, matches = words != -100, jnp.array(tasks["draw/itm_labels"] == 1)
+    relations = jnp.array(tasks["in/snli_labels"])
 
     def loss(model):
         masked = model(**pair(tasks, text="text_ids_mlm"))
@@ -160,7 +160,7 @@ def test_two_pictures(tasks, model):
 
     def loss(model):
         out = model(**inputs)
-        labels = jnp.asarray(tasks["in/nlvr2_answers"])
+        labels = jnp.array(tasks["in/nlvr2_answers"])
         return cross_entropy(out["nlvr_logits"], labels).mean(), out
 
     value, out, gradient = run(model, loss)

@@ -71,7 +71,7 @@ def pairs_of(recorded):
 
 def test_the_stream(oscar, tmp_path):
     model = load_oscar(oscar, tmp_path, "pretrain", PRETRAINING)
-    inputs = {name: jnp.asarray(array) for name, array in inputs_of(oscar, "in/base/").items()}
+    inputs = {name: jnp.array(array) for name, array in inputs_of(oscar, "in/base/").items()}
     mask = np.concatenate([inputs["text_mask"], inputs["region_mask"]], axis=1)
     words = model.encode_text(inputs["text"], inputs["text_mask"], inputs["text_type"])
     image = model.encode_image(inputs["regions"], inputs["boxes"], inputs["region_mask"])
@@ -89,8 +89,8 @@ def test_the_stream(oscar, tmp_path):
 def test_pretraining(oscar, tmp_path):
     model = load_oscar(oscar, tmp_path, "pretrain", PRETRAINING)
     inputs = inputs_of(oscar, "in/base/", input_ids=oscar["in/pretrain/input_ids"])
-    labels = jnp.asarray(oscar["in/pretrain/masked_lm_labels"][:, :13])
-    contrasts = jnp.asarray(oscar["in/pretrain/next_sentence_label"])
+    labels = jnp.array(oscar["in/pretrain/masked_lm_labels"][:, :13])
+    contrasts = jnp.array(oscar["in/pretrain/next_sentence_label"])
 
     def masked_language(model):
         out = model(**inputs)
@@ -140,7 +140,7 @@ def test_tasks(name, oscar, tmp_path):
 
     def loss(model):
         logits = model(**inputs)[output]
-        return criterion(logits, jnp.asarray(oscar[f"in/{name}/labels"])).mean(), logits
+        return criterion(logits, jnp.array(oscar[f"in/{name}/labels"])).mean(), logits
 
     value, logits, gradient = run(model, loss)
     oscar.check(f"out/{name}/logits", logits)
@@ -161,7 +161,7 @@ def test_captioning(oscar, tmp_path):
 
     def loss(model):
         logits = model(**inputs)["mlm_logits"]
-        return kl_divergence(logits[masked], jnp.asarray(labels)).mean(), logits
+        return kl_divergence(logits[masked], jnp.array(labels)).mean(), logits
 
     value, logits, gradient = run(model, loss)
     oscar.check("out/caption/class_logits", np.asarray(logits)[masked])

@@ -107,11 +107,11 @@ def triplets_of(recorded, prefix):
 def words_of(r):
     """Words behind masks, and where they are."""
     labels = r["in/mlm/txt_labels"]
-    return jnp.asarray(labels[labels != -1]), labels != -1
+    return jnp.array(labels[labels != -1]), labels != -1
 
 
 def soft_labels(r):
-    return jnp.asarray(r["in/mrc/label_targets"])
+    return jnp.array(r["in/mrc/label_targets"])
 
 
 def margins(scores, group):
@@ -148,7 +148,7 @@ def nlvr(weights, reasoning, inputs=pairs_of, batch="nlvr2"):
         weights,
         {"reasoning": reasoning},
         lambda out, r: out["nlvr_logits"],
-        lambda scores, r: cross_entropy(scores, jnp.asarray(r[f"in/{batch}/targets"])),
+        lambda scores, r: cross_entropy(scores, jnp.array(r[f"in/{batch}/targets"])),
         batch=batch,
         inputs=inputs,
         recorded=("scores", ""),
@@ -167,7 +167,7 @@ TASKS = {
         "pretrain",
         PRETRAINING,
         lambda out, r: out["region_features"][r["in/mrfr/img_masks"]],
-        lambda features, r: squared_error(features, jnp.asarray(r["in/mrfr/feat_targets"])),
+        lambda features, r: squared_error(features, jnp.array(r["in/mrfr/feat_targets"])),
         recorded=("pred", "loss_elem"),
         theirs=lambda elements: elements.mean(axis=-1),
     ),
@@ -191,7 +191,7 @@ TASKS = {
         "pretrain",
         PRETRAINING,
         lambda out, r: out["itm_logits"],
-        lambda scores, r: matching_loss(scores, jnp.asarray(r["in/itm/targets"] == 1)),
+        lambda scores, r: matching_loss(scores, jnp.array(r["in/itm/targets"] == 1)),
         batch="itm",
         recorded=("", ""),
     ),
@@ -199,7 +199,7 @@ TASKS = {
         "vqa",
         ANSWERS,
         lambda out, r: out["vqa_logits"],
-        lambda scores, r: soft_binary_cross_entropy(scores, jnp.asarray(r["in/vqa/targets"])),
+        lambda scores, r: soft_binary_cross_entropy(scores, jnp.array(r["in/vqa/targets"])),
         theirs=summed,
     ),
     "nlvr2attn": nlvr("nlvr2attn", "paired_attention"),
@@ -249,7 +249,7 @@ def pretrained(uniter, tmp_path):
 
 
 def test_the_stream(uniter, pretrained):
-    inputs = {name: jnp.asarray(array) for name, array in inputs_of(uniter, "in/mlm/").items()}
+    inputs = {name: jnp.array(array) for name, array in inputs_of(uniter, "in/mlm/").items()}
     words = pretrained.encode_text(inputs["text"], inputs["text_mask"])
     image = pretrained.encode_image(inputs["regions"], inputs["boxes"], inputs["region_mask"])
     fused = pretrained.fuse(image, words)
@@ -264,7 +264,7 @@ def test_the_stream(uniter, pretrained):
 
 
 def test_masked_regions(uniter, pretrained):
-    inputs = {name: jnp.asarray(array) for name, array in inputs_of(uniter, "in/mrfr/").items()}
+    inputs = {name: jnp.array(array) for name, array in inputs_of(uniter, "in/mrfr/").items()}
     boxes, mask, masked = inputs["boxes"], inputs["region_mask"], inputs["region_masked"]
     image = pretrained.encode_image(inputs["regions"], boxes, mask, masked)
     uniter.check("out/mrfr/img_emb", image.tokens, mask)
@@ -286,8 +286,8 @@ def test_a_masked_modality_is_absent(uniter, pretrained):
 
 def test_transport_of_words_to_regions(uniter, pretrained):
     """The distance by which pre-training aligns them, beside the matching of pairs."""
-    inputs, labels = inputs_of(uniter, "in/itm/"), jnp.asarray(uniter["in/itm/targets"] == 1)
-    masks = jnp.asarray(inputs["text_mask"]), jnp.asarray(inputs["region_mask"])
+    inputs, labels = inputs_of(uniter, "in/itm/"), jnp.array(uniter["in/itm/targets"] == 1)
+    masks = jnp.array(inputs["text_mask"]), jnp.array(inputs["region_mask"])
 
     def loss(model):
         out = model(**inputs)
@@ -310,7 +310,7 @@ def test_villa_without_perturbation(shared, tmp_path):
     """What VILLA adds to it is held against its own code in `tests/objectives`."""
     villa = Recorded(shared / "goldens" / "villa_dev.npz")
     model = load(tmp_path, "villa", config_of(villa, ANSWERS), villa.under("w/"))
-    inputs, targets = inputs_of(villa, "in/"), jnp.asarray(villa["in/targets"])
+    inputs, targets = inputs_of(villa, "in/"), jnp.array(villa["in/targets"])
 
     def loss(model):
         scores = model(**inputs)["vqa_logits"]

@@ -100,12 +100,12 @@ def test_padded_pictures(tasks, model):
     mask = np.zeros(inputs["image"].shape[:3], bool)
     for row, (height, width) in zip(mask, tasks.config["padded_sizes"], strict=True):
         row[:height, :width] = True
-    encoded = model.encode_image(jnp.asarray(inputs["image"]), jnp.asarray(mask))
+    encoded = model.encode_image(jnp.array(inputs["image"]), jnp.array(mask))
     out = model(**inputs, image_mask=mask)["last_hidden_state"]
     prefix, length = "out/infer_padded", inputs["text"].shape[1]
     tasks.check(f"{prefix}/text_feats", out[:, :length])
     # There a picture's real patches come before the others, and its modality is added later.
-    entering = encoded.tokens - model.modality_embedding(jnp.asarray(FIRST_PICTURE))
+    entering = encoded.tokens - model.modality_embedding(jnp.array(FIRST_PICTURE))
     for i, real in enumerate(np.asarray(encoded.mask)):
         count = real.sum()
         assert count == tasks[f"{prefix}/image_masks"][i].sum()
@@ -121,7 +121,7 @@ def matching_pictures(recorded):
 
 def distances(model, recorded, out):
     """Of words from patches, by optimal transport."""
-    inputs = {name: jnp.asarray(array) for name, array in pair(recorded).items()}
+    inputs = {name: jnp.array(array) for name, array in pair(recorded).items()}
     patches, words = model.aligned(
         model.encode_image(inputs["image"]), model.encode_text(inputs["text"], inputs["text_mask"])
     )
@@ -132,8 +132,8 @@ def distances(model, recorded, out):
 
 def test_tasks_of_one_picture(tasks, model):
     variant = "mlm_itm_vqa"
-    words, targets = tasks["in/text_labels_mlm"], jnp.asarray(tasks[f"out/{variant}/vqa_targets"])
-    masked, matches = words != -100, jnp.asarray(tasks["draw/itm_labels"] == 1)
+    words, targets = tasks["in/text_labels_mlm"], jnp.array(tasks[f"out/{variant}/vqa_targets"])
+    masked, matches = words != -100, jnp.array(tasks["draw/itm_labels"] == 1)
 
     def loss(model):
         passes = {
@@ -169,7 +169,7 @@ def test_two_pictures(tasks, model):
 
     def loss(model):
         out = model(**inputs)
-        labels = jnp.asarray(tasks["in/nlvr2_answers"])
+        labels = jnp.array(tasks["in/nlvr2_answers"])
         return cross_entropy(out["nlvr_logits"], labels).mean(), out
 
     value, out, gradient = run(model, loss)
@@ -249,8 +249,8 @@ def test_another_resolution_stretches_the_table(tmp_path):
     larger = mmjax.load(tmp_path, image_size=40)
     assert larger.image_embeddings.position_embedding.shape == (26, 12)
     image = np.random.default_rng(0).normal(size=(2, 40, 40, 3)).astype(np.float32)
-    expected = model.encode_image(jnp.asarray(image)).tokens
-    np.testing.assert_allclose(larger.encode_image(jnp.asarray(image)).tokens, expected, atol=1e-6)
+    expected = model.encode_image(jnp.array(image)).tokens
+    np.testing.assert_allclose(larger.encode_image(jnp.array(image)).tokens, expected, atol=1e-6)
 
 
 def test_classifiers_of_more_pictures_are_refused(tmp_path):

@@ -62,7 +62,7 @@ def inputs_of(recorded, kind):
         "region_mask": "image_mask",
         "region_type": "visual_embeddings_type",
     }
-    inputs = {ours: jnp.asarray(recorded[f"in/{kind}/{theirs}"]) for ours, theirs in names.items()}
+    inputs = {ours: jnp.array(recorded[f"in/{kind}/{theirs}"]) for ours, theirs in names.items()}
     if kind == "multichoice":
         inputs = {name: array.reshape(-1, *array.shape[2:]) for name, array in inputs.items()}
     return {k: v.astype(bool) if k.endswith("mask") else v for k, v in inputs.items()}
@@ -71,14 +71,14 @@ def inputs_of(recorded, kind):
 def losses_of(outputs, recorded, kind):
     """The original's parts, from the model's outputs; a label of -1 is none."""
     if kind == "pretraining":
-        labels = jnp.asarray(recorded["in/pretraining/masked_lm_labels"])
+        labels = jnp.array(recorded["in/pretraining/masked_lm_labels"])
         words = outputs["prediction_logits"][:, : labels.shape[1]]
         total, weight = weighted(word_loss(words, labels), labels >= 0)
-        belongs = jnp.asarray(recorded["in/pretraining/is_random_next"] == 0)
+        belongs = jnp.array(recorded["in/pretraining/is_random_next"] == 0)
         # The first of the two classes is that of belonging.
         pairs = matching_loss(outputs["seq_relationship_logits"][:, ::-1], belongs)
         return {"masked_lm_loss": total / weight, "next_sentence_loss": pairs.mean()}
-    logits, label = outputs["logits"], jnp.asarray(recorded[f"in/{kind}/label"])
+    logits, label = outputs["logits"], jnp.array(recorded[f"in/{kind}/label"])
     if kind == "vqa":
         return {"": kl_divergence(logits, label).mean()}
     return {"": cross_entropy(logits.reshape(len(label), -1), label).mean()}

@@ -67,7 +67,7 @@ def inputs_of(recorded):
 
 
 def test_the_stream(vl_bert, pretrained):
-    inputs = {name: jnp.asarray(array) for name, array in inputs_of(vl_bert).items()}
+    inputs = {name: jnp.array(array) for name, array in inputs_of(vl_bert).items()}
     words, mask = inputs["text_mask"], inputs["region_mask"]
     image = pretrained.encode_image(
         inputs["regions"], inputs["boxes"], mask, inputs["region_masked"]
@@ -85,8 +85,8 @@ LOSSES = ("mlm", "mvrc", "rel")
 @pytest.mark.parametrize("name", [*LOSSES, "total"])
 def test_pretraining(name, vl_bert, pretrained):
     inputs = inputs_of(vl_bert)
-    words, regions = jnp.asarray(vl_bert["in/mlm_labels"]), jnp.asarray(vl_bert["in/mvrc_labels"])
-    is_match = jnp.asarray(vl_bert["in/relationship_label"] == 1)
+    words, regions = jnp.array(vl_bert["in/mlm_labels"]), jnp.array(vl_bert["in/mvrc_labels"])
+    is_match = jnp.array(vl_bert["in/relationship_label"] == 1)
     entropy = jax.scipy.special.entr(regions).sum(axis=-1)
 
     def losses(out):
@@ -127,7 +127,7 @@ def test_questions(vl_bert, tmp_path):
 
     def loss(model):
         logits = model(**inputs)["vqa_logits"]
-        scores = jnp.asarray(vl_bert["in/vqa_label"])
+        scores = jnp.array(vl_bert["in/vqa_label"])
         return soft_binary_cross_entropy(logits, scores).mean(), logits
 
     value, logits, gradient = run(model, loss)
