@@ -11,6 +11,7 @@ import pytest
 
 from mmjax.chips import CHIPS, GIB
 from mmjax.errors import InputError
+from mmjax.objectives.geometry import SAMPLE
 from mmjax.plan.topology import find_topology
 from tests.plan import tpu_programs
 
@@ -149,7 +150,7 @@ def bytes_moved(recipe, topology, rows):
 @pytest.mark.parametrize("recipe", ["siglip_b16", "coattention_b16"])
 def test_more_rows_gather_no_activations(recipe):
     """Of a row of the batch only its embeddings go to every device: some hundred bytes of them."""
-    few, many = 64, 128  # the spectrum of embeddings, which is logged, takes 64 of them
+    few, many = SAMPLE, 2 * SAMPLE  # whose spectrum is logged, and is gathered
     gathered = [bytes_moved(recipe, "v5e:2x2", rows)["all-gather"] for rows in (few, many)]
     layer_of_a_row = (64 // 16) ** 2 * 32 * 4  # tokens, width, bytes
     assert (gathered[1] - gathered[0]) / (many - few) < layer_of_a_row / 4
