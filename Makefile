@@ -48,7 +48,7 @@ test: $(VENV)/installed-test
 
 # And every recipe, every guide, several processes, warnings provoked by training, plans of pods.
 test-all: test $(VENV)/installed-plan
-	$(BIN)/python -m pytest -n 2 --dist load --ignore=tests/parity -m slow
+	$(BIN)/python -m pytest -n 2 --dist loadgroup --ignore=tests/parity -m slow
 
 # Every family beside the same class of transformers, live.
 parity: $(VENV)/installed-parity

@@ -183,7 +183,15 @@ def test_a_wide_beam_finds_the_best_of_all():
 
 
 @pytest.mark.parametrize("early", [False, True, "never"])
-@pytest.mark.parametrize("penalty", [-1.0, 0.0, 1.0, 2.5])
+@pytest.mark.parametrize(
+    "penalty",
+    [
+        -1.0,
+        pytest.param(0.0, marks=pytest.mark.slow),
+        1.0,
+        pytest.param(2.5, marks=pytest.mark.slow),
+    ],
+)
 def test_beams_are_searched_as_lists_are(early, penalty):
     for beams, ends, constraints in (
         (2, (3,), {}),

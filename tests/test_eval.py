@@ -51,6 +51,7 @@ def test_captions_are_scored_both_ways(pretrained, tmp_path):
         assert (tmp_path / "out" / example["picture"]).exists()
 
 
+@pytest.mark.slow
 def test_the_same_scores_whatever_the_batch_size(pretrained, tmp_path):
     config = config_of("retrieval")
     small = scoring.evaluate(config, str(pretrained), tmp_path / "a")

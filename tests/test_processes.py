@@ -1,6 +1,7 @@
 """Two and four processes on localhost train what one does, and their checkpoint is anybody's."""
 
 import json
+import shutil
 import signal
 import time
 
@@ -23,7 +24,7 @@ EVALUATED = {
     "eval.retrieval.run": True,
 }
 TINY = [
-    f"--config={ROOT}/configs/pretrain/coattention_b16.py:tiny",
+    f"--config={ROOT}/configs/pretrain/siglip_b16.py:tiny",
     "--config.batch_size=8",
     "--config.log.every=1",
     "--config.log.tensorboard=False",
@@ -77,10 +78,10 @@ def one_process(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("one_process")
 def test_two_processes_train_what_one_does(one_process, tmp_path):
     jobs = {
         "data": {"total_steps": 3},
-        "data, whole state": {"total_steps": 3, "optimizer.sharded": False},
         "data and fsdp": {"total_steps": 3, "mesh.fsdp": 2, **EVALUATED},
     }
     work(tmp_path, jobs, processes=2, devices=2)
@@ -91,15 +92,17 @@ def test_two_processes_train_what_one_does(one_process, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("one_process")
 def test_four_processes_go_on_from_one_and_one_from_four(one_process, tmp_path):
-    jobs = {"begun": {"total_steps": 1, "mesh.fsdp": 2}, "tensor": {"total_steps": 3}}
-    jobs["tensor"] |= {"mesh.fsdp": 2, "mesh.tensor": 2}
+    shutil.copytree(one_process / "begun", tmp_path / "from one")
+    jobs = {
+        "from one": {"total_steps": 3, "mesh.fsdp": 2, "mesh.tensor": 2},
+        "from four": {"total_steps": 1, "mesh.fsdp": 2},
+    }
     work(tmp_path, jobs, processes=4, devices=2)
-    assert_same_training(tmp_path / "tensor", one_process / "whole")
-    work(tmp_path, {"begun": {"total_steps": 3}}, processes=1)
-    assert_same_training(tmp_path / "begun", one_process / "whole")
-    work(one_process, {"begun": {"total_steps": 3, "mesh.fsdp": 4}}, processes=4, devices=2)
-    assert_same_training(one_process / "begun", one_process / "whole")
+    work(tmp_path, {"from four": {"total_steps": 3}}, processes=1)
+    for name in jobs:
+        assert_same_training(tmp_path / name, one_process / "whole")
 
 
 def when_it_steps(workdir, started):

@@ -38,6 +38,7 @@ def losses_of(workdir):
     return [line["train/loss"] for line in log_of(workdir) if "train/loss" in line]
 
 
+@pytest.mark.slow
 def test_a_resumed_run_is_the_uninterrupted_run(tiny_config, tmp_path):
     """With all that a state may hold: moments, an average, a queue, a count for the ramp."""
     tiny_config.objectives.contrastive.weight = 0.0
@@ -109,12 +110,9 @@ def test_fine_tuning_starts_from_the_encoders_and_resizes_positions(
     assert "answering" not in before
 
 
-@pytest.mark.parametrize(
-    "parts",
-    [("image", "text", "fusion"), pytest.param(("image",), marks=pytest.mark.slow)],
-)
-def test_bfloat16_trains_near_float32(tiny_config, pretrained, tmp_path, parts):
-    for part in parts:
+@pytest.mark.slow
+def test_bfloat16_trains_near_float32(tiny_config, pretrained, tmp_path):
+    for part in ("image", "text", "fusion"):
         tiny_config.model[part].dtype = "bfloat16"
     train.train(tiny_config, tmp_path)
     np.testing.assert_allclose(losses_of(tmp_path), losses_of(pretrained), rtol=0.02)
@@ -331,6 +329,7 @@ def test_sigterm_writes_a_checkpoint_and_stops(tmp_path):
     assert "SIGTERM: stopping after this step" in output
 
 
+@pytest.mark.slow
 def test_a_student_learns_from_a_checkpoint(tiny_config, pretrained, tmp_path):
     for name in ("contrastive", "matching", "masked_language"):
         tiny_config.objectives[name].weight = 0.0

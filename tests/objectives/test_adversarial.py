@@ -141,6 +141,7 @@ def test_steps_are_villas(variant, villa):
             shifts[name] = ascend(shifts[name], gradient, options.step_sizes[name], options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_accumulated_gradients_are_villas(variant, villa):
     options, recorded = villa.options(variant), villa.recorded
@@ -333,6 +334,7 @@ def assert_same(found, expected):
     reference.assert_close(found._asdict(), expected._asdict())
 
 
+@pytest.mark.slow
 def test_on_eight_devices_as_on_one(whole):
     graph, params, batch = small_loss()
     mesh = make_mesh(data=4, fsdp=2)

@@ -138,10 +138,11 @@ def compiled_afresh():
         compilation_cache.reset_cache()
 
 
+@pytest.mark.xdist_group("alone")
 @pytest.mark.parametrize(
     ("axes", "sharded"),
     [
-        ({"data": 8}, True),
+        pytest.param({"data": 8}, True, marks=pytest.mark.slow),
         pytest.param({"data": 8}, False, marks=pytest.mark.slow),
         ({"data": 4, "fsdp": 2}, True),
         pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, True, marks=pytest.mark.slow),
@@ -231,13 +232,8 @@ SLICED = {
 }
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=() if case == "contrastive" else pytest.mark.slow)
-        for case in SLICED
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", SLICED)
 def test_slices_add_up_to_the_whole_batch(case):
     """Also where the slices are walked by four devices and the whole batch by one."""
     model, objectives, ema_decay = SLICED[case]

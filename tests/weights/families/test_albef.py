@@ -51,7 +51,10 @@ TASKS = {
 # By the share of the teacher in the targets; without one nothing differs from a share of 0.
 DISTILLED = pytest.mark.parametrize(
     ("alpha", "variants"),
-    [(0.4, ["distill_alpha0.4"]), (0.0, ["distill_alpha0.0", "nodistill"])],
+    [
+        (0.4, ["distill_alpha0.4"]),
+        pytest.param(0.0, ["distill_alpha0.0", "nodistill"], marks=pytest.mark.slow),
+    ],
     ids=["distilled", "plain"],
 )
 MOMENTUM = 0.995  # where the original does not make it a setting
