@@ -82,6 +82,7 @@ def one_process(tmp_path_factory):
 def test_two_processes_train_what_one_does(one_process, tmp_path):
     jobs = {
         "data": {"total_steps": 3},
+        "data, whole state": {"total_steps": 3, "optimizer.sharded": False},
         "data and fsdp": {"total_steps": 3, "mesh.fsdp": 2, **EVALUATED},
     }
     work(tmp_path, jobs, processes=2, devices=2)

@@ -25,7 +25,6 @@ def _marked(recipe):
 @pytest.mark.parametrize("recipe", [_marked(recipe) for recipe in recipes()])
 def test_learns_one_batch_by_heart(recipe, tmp_path):
     config = tiny(recipe)
-    config.batch_size = 8
     assert not config.init_from
     trained = [name for name, options in config.objectives.items() if options.weight > 0]
     assert trained
